@@ -1,0 +1,61 @@
+"""The ops as functions: defaults filled in, and only what users want returned."""
+
+from __future__ import annotations
+
+import torch
+
+from pyfastft import ops
+from pyfastft._random import draw_rng, dropout_threshold
+
+__all__ = ["lora_linear"]
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    scaling: float | torch.Tensor = 1.0,
+    p: float = 0.0,
+    rng: torch.Tensor | None = None,
+) -> torch.Tensor:
+    r"""A linear layer with a low-rank update, in one op.
+
+    .. math:: y = x W^T + b + s \cdot \mathrm{dropout}_p(x) A^T B^T
+
+    Args:
+        x: input of shape (..., K); float32, bfloat16, float16 or float64, any strides.
+        weight: W of shape (N, K), of x's dtype.
+        lora_a: A of shape (R, K), R >= 1; of x's dtype, or float32 beside a half-precision base.
+        lora_b: B of shape (N, R), of A's dtype.
+        bias: b of shape (N,), of x's dtype.
+        scaling: s, usually alpha / R. A tensor of one float32 (float64 beside float64) gets a
+            gradient and can change without recompilation.
+        p: dropout probability in [0, 1], applied to the low-rank path's input only.
+        rng: int64 tensor (seed, offset) that the mask is a function of, see
+            :mod:`pyfastft._random`. Drawn from torch's generator where absent; not read, and no
+            random state consumed, where p rounds to 0 of 65536.
+
+    Returns:
+        y of shape (..., N), of x's dtype. Accumulated in float32 (float64 for float64).
+
+    Raises:
+        ValueError: a shape, device or probability does not fit.
+        TypeError: a dtype does not fit, or an argument is not a dense tensor.
+        NotImplementedError: no backend can run the arguments; lists every backend's reason.
+
+    Note:
+        Deterministic, and on CPU independent of the number of threads. The backward saves x,
+        dropout(x) A^T and 16 bytes; it cannot be differentiated again.
+
+    Reference:
+        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", equation 3.
+    """
+    if not isinstance(scaling, torch.Tensor):
+        dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+        scaling = torch.full((), scaling, dtype=dtype, device=x.device)
+    if rng is None and p == p and dropout_threshold(p):
+        rng = draw_rng(x.device)
+    return ops.lora_linear(x, weight, lora_a, lora_b, bias, scaling, p, rng)[0]

@@ -1,0 +1,1 @@
+"""Adapters: from tensors to the C ABI's arguments, and nothing else."""

@@ -1,0 +1,126 @@
+"""Build the native extensions with one CMake and Ninja run, then install the package.
+
+The CPU extension is built wherever there is a C++ compiler, the CUDA extension where nvcc is found
+as well. Without a compiler the install is pure Python. What was built, and why something was not,
+is recorded in ``pyfastft/_build_info.json``, which ``python -m pyfastft`` prints.
+
+Environment: ``PYFASTFT_CUDA`` 0 builds no CUDA extension, 1 makes its absence an error;
+``PYFASTFT_CUDA_ARCHS`` narrows the code emitted, e.g. ``90a-real``; ``CXX`` and ``CUDACXX`` name
+the compilers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
+
+
+def why_no_compiler() -> str | None:
+    if not any(shutil.which(c) for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c):
+        return "no C++ compiler was found; install g++ or set CXX, then reinstall"
+    for tool in ("cmake", "ninja"):
+        if not shutil.which(tool):
+            return f"{tool} was not found; install it with pip, then reinstall"
+    return None
+
+
+class CMakeBuild(build_ext):
+    """Every extension in one CMake build; a missing toolchain leaves a pure-Python install."""
+
+    def run(self) -> None:
+        package = ROOT / "pyfastft" if self.editable_mode else Path(self.build_lib) / "pyfastft"
+        package.mkdir(parents=True, exist_ok=True)
+        info = self.build(package.resolve())
+        (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
+
+    def build(self, package: Path) -> dict[str, dict[str, object]]:
+        missing = why_no_compiler()
+        if missing:
+            print(f"pyfastft: pure-Python install, {missing}", file=sys.stderr)
+            return {name: {"built": False, "why": missing} for name in ("cpu", "cuda")}
+        nvcc = find_nvcc()
+        setting = os.environ.get("PYFASTFT_CUDA", "auto")
+        if setting == "0":
+            why_no_cuda = "PYFASTFT_CUDA=0 was set"
+        elif nvcc is None:
+            why_no_cuda = "nvcc was not found"
+        else:
+            why_no_cuda = self.compile(package, ["_cuda"], nvcc)
+        if why_no_cuda and setting == "1":
+            raise RuntimeError(f"PYFASTFT_CUDA=1, but the CUDA extension is missing: {why_no_cuda}")
+        why_no_cpu = self.compile(package, ["_cpu"], None)
+        if why_no_cpu:
+            raise RuntimeError(f"the CPU extension does not build: {why_no_cpu}")
+        cuda = {"built": False, "why": why_no_cuda} if why_no_cuda else {"built": True}
+        return {"cpu": {"built": True}, "cuda": cuda}
+
+    def compile(self, package: Path, targets: list[str], nvcc: str | None) -> str | None:
+        """Configure and build some targets; the reason where that fails."""
+        import pybind11
+
+        tree = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{'-cuda' if nvcc else ''}"
+        configure = [
+            "cmake",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(tree),
+            "-G",
+            "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DFASTFT_OUTPUT_DIR={package}",
+            f"-DFASTFT_SANITIZE={os.environ.get('PYFASTFT_SANITIZE', '')}",
+            f"-DFASTFT_CUDA={'ON' if nvcc else 'OFF'}",
+        ]
+        if nvcc:
+            configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
+            archs = os.environ.get("PYFASTFT_CUDA_ARCHS")
+            configure += [f"-DFASTFT_CUDA_ARCHS={archs}"] if archs else []
+        for command in (configure, ["cmake", "--build", str(tree), "--target", *targets]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            log = tree / f"{targets[0]}.log" if tree.is_dir() else None
+            if log:
+                log.write_text(done.stdout + done.stderr)
+            if done.returncode:
+                tail = (done.stdout + done.stderr).strip().splitlines()[-30:]
+                print("\n".join(tail), file=sys.stderr)
+                return f"{' '.join(command[:2])} failed, see {log}"
+        return None
+
+
+setup(
+    packages=[
+        "pyfastft",
+        *(
+            f"pyfastft.{path.parent.relative_to(ROOT / 'pyfastft').as_posix().replace('/', '.')}"
+            for path in sorted((ROOT / "pyfastft").glob("*/**/__init__.py"))
+        ),
+        "pyfastft.triton_kernels",
+        "pyfastft.benchmarks",
+    ],
+    package_dir={
+        "pyfastft": "pyfastft",
+        "pyfastft.triton_kernels": "triton_kernels",
+        "pyfastft.benchmarks": "benchmarks",
+    },
+    package_data={"pyfastft": ["py.typed"], "pyfastft.benchmarks": ["bars.toml", "results/**/*"]},
+    # Named only so that setuptools makes a platform wheel; CMakeBuild compiles.
+    ext_modules=[Extension("pyfastft._cpu", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
