@@ -192,7 +192,7 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, weight, lora_a, lora_b, bias, scaling, p, rng = inputs
+        x, weight, lora_a, lora_b, _, scaling, p, rng = inputs
         xa = output[1]
         ctx.mark_non_differentiable(xa)
         ctx.set_materialize_grads(False)
