@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pyfastft._alloc import empty
+from pyfastft import _alloc
 from pyfastft._check import (
     FLOATS,
     expect_dense,
@@ -54,7 +54,7 @@ def lora_linear(
         expect_dtype(op, "bias", bias, (x.dtype,), "to match x")
         expect_device(op, "bias", bias, x.device)
     leading = x.shape[:-1]
-    return empty((*leading, n), like=x), empty((*leading, r), like=lora_a)
+    return _alloc.empty((*leading, n), like=x), _alloc.empty((*leading, r), like=lora_a)
 
 
 @define(
@@ -101,12 +101,12 @@ def lora_linear_backward(
         expect_dtype(op, "xa", xa, (lora_a.dtype,), "to match lora_a")
         expect_device(op, "xa", xa, grad.device)
     return (
-        empty((*leading, k) if need[0] else (0,), like=grad),
-        empty((n, k) if need[1] else (0,), like=weight),
-        empty((r, k) if need[2] else (0,), like=lora_a),
-        empty((n, r) if need[3] else (0,), like=lora_b),
-        empty((n,) if need[4] else (0,), like=grad),
-        empty(scaling.shape if need[5] else (0,), like=scaling),
+        _alloc.empty((*leading, k) if need[0] else (0,), like=grad),
+        _alloc.empty((n, k) if need[1] else (0,), like=weight),
+        _alloc.empty((r, k) if need[2] else (0,), like=lora_a),
+        _alloc.empty((n, r) if need[3] else (0,), like=lora_b),
+        _alloc.empty((n,) if need[4] else (0,), like=grad),
+        _alloc.empty(scaling.shape if need[5] else (0,), like=scaling),
     )
 
 
