@@ -44,6 +44,8 @@ FOLDERS = {
 BACKENDS = tuple(FOLDERS)
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+# Sparse tensors reach the contract too, which refuses them in its own words.
+_KEYS = ("CPU", "CUDA", "SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA")
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _log = logging.getLogger("pyfastft")
 
@@ -238,7 +240,7 @@ def define(schema: str, *, autocast: Collection[str] = ()) -> Callable[[Callable
         )
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{NAMESPACE}::{name}", contract, lib=_LIBRARY)
-        for key in ("CPU", "CUDA"):
+        for key in _KEYS:
             _LIBRARY.impl(name, op.run, key)
         op.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
         if autocast:

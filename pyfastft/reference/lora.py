@@ -10,6 +10,11 @@ from pyfastft._op import implement
 from pyfastft.reference._dropout import dropout
 
 
+def rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as a matrix, its leading dimensions as one; empty ones too."""
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
 @implement("lora_linear", "reference")
 def lora_linear(
     y: torch.Tensor,
@@ -24,7 +29,7 @@ def lora_linear(
     rng: torch.Tensor | None,
 ) -> None:
     """y = x W^T + b + s * (x_hat A^T) B^T."""
-    x2 = x.reshape(-1, weight.shape[1])
+    x2 = rows(x)
     s = dropout(x2, p, rng).to(lora_a.dtype) @ lora_a.T
     base = torch.nn.functional.linear(x2, weight, bias)
     y.copy_((base + s @ lora_b.T * scaling.reshape(())).view_as(y))
@@ -51,9 +56,7 @@ def lora_linear_backward(
     need: Sequence[bool],
 ) -> None:
     """T = dY B; dX = dY W + s * dropout(T A), dA = s T^T x_hat, dB = s dY^T S, ds = sum(T * S)."""
-    n, k = weight.shape
-    r = lora_a.shape[0]
-    dy = grad.reshape(-1, n)
+    dy = rows(grad)
     s = scaling.reshape(()).to(lora_a.dtype)
     t = dy.to(lora_b.dtype) @ lora_b
     if need[0]:
@@ -62,15 +65,15 @@ def lora_linear_backward(
         dx.copy_((dy @ weight + lora).view_as(dx))
     if need[1]:
         assert x is not None
-        dweight.copy_(dy.T @ x.reshape(-1, k))
+        dweight.copy_(dy.T @ rows(x))
     if need[2]:
         assert x is not None
-        dlora_a.copy_((s * t).T @ dropout(x.reshape(-1, k), p, rng).to(lora_a.dtype))
+        dlora_a.copy_((s * t).T @ dropout(rows(x), p, rng).to(lora_a.dtype))
     if need[3]:
         assert xa is not None
-        dlora_b.copy_(s * (dy.to(xa.dtype).T @ xa.reshape(-1, r)))
+        dlora_b.copy_(s * (dy.to(xa.dtype).T @ rows(xa)))
     if need[4]:
         dbias.copy_(dy.sum(0))
     if need[5]:
         assert xa is not None
-        dscaling.copy_((t * xa.reshape(-1, r)).sum().reshape(dscaling.shape))
+        dscaling.copy_((t * rows(xa)).sum().reshape(dscaling.shape))

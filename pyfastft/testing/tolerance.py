@@ -64,6 +64,9 @@ def assert_accurate(
     assert misplaced == 0, f"{what}: {misplaced} elements are NaN in one of result and truth only"
     if actual.numel() == 0:
         return
+    infinite = truth.isinf()
+    if bool(infinite.any()):
+        assert_exact(actual[infinite].double(), truth[infinite], f"{what} where it is infinite")
     bound = accuracy_bound(truth, naive, gradient=gradient)
     found = error(actual, truth)
     assert found <= bound, f"{what}: error {found:.3e} exceeds the bound {bound:.3e}"

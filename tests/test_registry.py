@@ -1,0 +1,264 @@
+"""Every op of the registry on every backend that can run here, against the float64 reference.
+
+Nothing in this file names an op: a new one is tested as soon as it has samples.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from pyfastft import backend
+from pyfastft._op import BACKENDS, ORDER, REGISTRY, Impl, Op
+from pyfastft.testing.samples import (
+    FLOAT32,
+    FLOAT64,
+    PRECISIONS,
+    Precision,
+    Reject,
+    Sample,
+    rejects,
+    samples,
+    upcast,
+)
+from pyfastft.testing.tolerance import assert_accurate, assert_exact
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
+GPU = torch.cuda.is_available()
+
+ALL_SAMPLES = [sample for op in REGISTRY for sample in samples(op)]
+SMALL_SAMPLES = [sample for sample in ALL_SAMPLES if not sample.large]
+DIFFERENTIABLE = [op for op in REGISTRY.values() if op.eager is not None]
+
+
+def device_of(name: str) -> torch.device:
+    return CUDA if GPU and name in ORDER["cuda"] else CPU
+
+
+def run(op: Op, name: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+    with backend(name):
+        outputs = op(*args)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def skip_unless_supported(op: Op, name: str, args: tuple[Any, ...]) -> None:
+    impl = op.impl(name)
+    why = impl if isinstance(impl, str) else impl.unsupported(*args)
+    if why is not None:
+        pytest.skip(why)
+
+
+def run_cases() -> list[Any]:
+    cases = []
+    for name in BACKENDS:
+        for sample in SMALL_SAMPLES if name == "triton" and not GPU else ALL_SAMPLES:
+            for precision in PRECISIONS:
+                identity = f"{sample.op}-{name}-{precision}-{sample}"
+                cases.append(pytest.param(name, precision, sample, id=identity))
+    return cases
+
+
+@pytest.mark.parametrize(("name", "precision", "sample"), run_cases())
+def test_truth(name: str, precision: Precision, sample: Sample) -> None:
+    op = REGISTRY[sample.op]
+    args = sample.build(precision, device_of(name))
+    skip_unless_supported(op, name, args)
+    actual = run(op, name, args)
+    truth = run(op, "reference", upcast(args))
+    naive = run(op, "reference", args)
+    gradient = sample.op.endswith("_backward")
+    for i, (a, t, n) in enumerate(zip(actual, truth, naive, strict=True)):
+        assert a.is_contiguous()
+        assert_accurate(a, t, n, gradient=gradient, what=f"output {i} of {sample}")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("sample", SMALL_SAMPLES, ids=lambda s: f"{s.op}-{s}")
+def test_inputs_are_left_alone(name: str, sample: Sample) -> None:
+    op = REGISTRY[sample.op]
+    if op.mutates:
+        pytest.skip("mutates by design")
+    args = sample.build(FLOAT32, device_of(name))
+    skip_unless_supported(op, name, args)
+    before = copy.deepcopy([a for a in args if isinstance(a, torch.Tensor)])
+    versions = [a._version for a in args if isinstance(a, torch.Tensor)]
+    run(op, name, args)
+    after = [a for a in args if isinstance(a, torch.Tensor)]
+    assert [a._version for a in after] == versions
+    for old, new in zip(before, after, strict=True):
+        assert_exact(new, old, "an input")
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("sample", SMALL_SAMPLES, ids=lambda s: f"{s.op}-{s}")
+def test_opcheck(name: str, sample: Sample) -> None:
+    op = REGISTRY[sample.op]
+    args = sample.build(FLOAT32, CPU)
+    skip_unless_supported(op, name, args)
+    if op.eager is not None:
+        args = tuple(
+            a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+            for a in args
+        )
+    with backend(name):
+        torch.library.opcheck(op.overload, args)
+
+
+def differentiable_samples() -> list[Sample]:
+    wanted = [s for s in SMALL_SAMPLES if REGISTRY[s.op].eager is not None]
+    return [s for s in wanted if all(a.numel() for a in _tensors(s.build(FLOAT32, CPU)))]
+
+
+def _tensors(args: tuple[Any, ...]) -> list[torch.Tensor]:
+    return [a for a in args if isinstance(a, torch.Tensor)]
+
+
+def leaves(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments as leaves that require a gradient, where they can have one."""
+    return tuple(
+        a.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        if isinstance(a, torch.Tensor) and a.is_floating_point()
+        else a
+        for a in args
+    )
+
+
+def first(outputs: Any) -> torch.Tensor:
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def gradients(call: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:
+    output = first(call(*args))
+    weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view(output.shape)
+    wanted = [a for a in _tensors(args) if a.requires_grad]
+    return list(torch.autograd.grad(output, wanted, weights.to(output.dtype)))
+
+
+@pytest.mark.parametrize("way", ["op", "operator", "Function"])
+@pytest.mark.parametrize("sample", differentiable_samples(), ids=str)
+def test_gradcheck(way: str, sample: Sample) -> None:
+    import pyfastft.autograd as functions
+
+    op = REGISTRY[sample.op]
+    args = leaves(sample.build(FLOAT64, CPU))
+    if way == "Function":
+        known = [getattr(functions, name) for name in functions.__all__]
+        function = next(f for f in known if f.backward is op.eager.backward)
+    call = {"op": op, "operator": op.overload}.get(way) or function.apply
+    with backend("reference"):
+        assert torch.autograd.gradcheck(lambda *a: first(call(*a)), args)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("sample", differentiable_samples(), ids=str)
+def test_gradients_through_autograd(name: str, sample: Sample) -> None:
+    """Autograd's gradients of a backend, by the eager short way and through the dispatcher."""
+    op = REGISTRY[sample.op]
+    args = leaves(sample.build(FLOAT32, device_of(name)))
+    skip_unless_supported(op, name, args)
+    with backend("reference"):
+        truth = gradients(op, leaves(upcast(args)))
+        naive = gradients(op, args)
+    with backend(name):
+        short, long = gradients(op, args), gradients(op.overload, args)
+    for s, g, t, n in zip(short, long, truth, naive, strict=True):
+        assert_exact(s, g, "the short way's gradient")
+        assert_accurate(s, t, n, gradient=True, what="gradient")
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
+def test_only_the_gradients_asked_for(op: Op) -> None:
+    sample = next(samples(op.name))
+    args = sample.build(FLOAT32, CPU)
+    floats = [
+        i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point()
+    ]
+    whole = dict(zip(floats, gradients(op, leaves(args)), strict=True))
+    for wanted in range(1, 2 ** len(floats)):
+        asked = [i for bit, i in enumerate(floats) if wanted >> bit & 1]
+        some = tuple(
+            a.detach().clone().requires_grad_() if i in asked else a for i, a in enumerate(args)
+        )
+        for i, gradient in zip(asked, gradients(op, some), strict=True):
+            assert_exact(gradient, whole[i], f"gradient of {op.parameters[i]}")
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
+@pytest.mark.parametrize("way", ["op", "operator"])
+def test_double_backward_raises(op: Op, way: str) -> None:
+    args = leaves(next(samples(op.name)).build(FLOAT32, CPU))
+    call = op if way == "op" else op.overload
+    inputs = [a for a in _tensors(args) if a.requires_grad]
+    grads = torch.autograd.grad(first(call(*args)).square().sum(), inputs, create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward is not implemented"):
+        torch.autograd.grad(sum(g.sum() for g in grads), inputs)
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("sample", differentiable_samples(), ids=str)
+def test_compiles_whole_with_dynamic_shapes(name: str, sample: Sample) -> None:
+    """One graph, and the same bits as eager mode, forward and backward."""
+    op = REGISTRY[sample.op]
+    args = leaves(sample.build(FLOAT32, CPU))
+    skip_unless_supported(op, name, args)
+
+    def step(*args: Any) -> torch.Tensor:
+        return first(op(*args)).relu() * 2
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    with backend(name):
+        expected, actual = gradients(step, args), gradients(compiled, args)
+    for a, e in zip(actual, expected, strict=True):
+        assert_exact(a, e, f"compiled {sample}")
+
+
+@pytest.mark.parametrize("op", REGISTRY.values(), ids=lambda op: op.name)
+def test_autocast_casts_what_the_op_names(op: Op) -> None:
+    args = next(samples(op.name)).build(FLOAT32, CPU)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = first(op(*args))
+    casts = "AutocastCPU" in torch._C._dispatch_dump(f"pyfastft::{op.name}")
+    assert output.dtype == (torch.bfloat16 if casts else torch.float32)
+
+
+REJECTS = [reject for op in REGISTRY for reject in rejects(op)]
+
+
+@pytest.mark.parametrize("way", ["op", "contract"])
+@pytest.mark.parametrize("reject", REJECTS, ids=lambda r: f"{r.op}-{r.name}")
+def test_rejects(reject: Reject, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names op, argument, expected and got; no backend is entered."""
+    op = REGISTRY[reject.op]
+
+    def entered(*args: Any) -> None:
+        raise AssertionError("a backend was entered")
+
+    for name in BACKENDS:
+        monkeypatch.setitem(op.impls, name, Impl(entered, lambda *args: None))
+    call = op if way == "op" else op.contract
+    with pytest.raises(reject.error) as caught:
+        call(*reject.args)
+    message = str(caught.value)
+    assert message.startswith(f"{op.name}: expected {reject.argument} of "), message
+    assert reject.expected in message, message
+    assert f"got {reject.got}" in message or reject.got in message.split("got ")[1], message
+
+
+@pytest.mark.parametrize("op", REGISTRY.values(), ids=lambda op: op.name)
+def test_no_backend_names_every_reason(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = next(samples(op.name)).build(FLOAT32, CPU)
+    for name in BACKENDS:
+        monkeypatch.setitem(op.impls, name, Impl(lambda *a: None, lambda *a, n=name: f"no {n}"))
+    with pytest.raises(NotImplementedError) as caught:
+        op(*args)
+    assert str(caught.value).startswith(f"{op.name}: no backend supports (")
+    for name in ORDER["cpu"]:
+        assert f"{name}: no {name}" in str(caught.value)
+    explanation = op.explain(*args)
+    assert explanation.chosen is None
+    assert list(explanation.reasons) == list(ORDER["cpu"])
