@@ -346,7 +346,7 @@ def explain(op: str | Op | Callable[..., Any], *args: Any, **kwargs: Any) -> Exp
     Raises:
         KeyError: there is no op of that name.
     """
-    name = op if isinstance(op, str) else getattr(op, "name", None) or op.__name__  # type: ignore[union-attr]
+    name = op if isinstance(op, str) else getattr(op, "name", None) or getattr(op, "__name__", "")
     if name not in REGISTRY:
         raise KeyError(f"explain: expected an op of {', '.join(sorted(REGISTRY))}, got {name!r}")
     return REGISTRY[name].explain(*args, **kwargs)
