@@ -1,0 +1,58 @@
+// Dropout masks as bits: bit i % 8 of byte i / 8 says whether element i is kept. A byte is one call
+// of Philox, so that a mask is written once per call of a kernel, an eighth of a byte per element,
+// and every pass over the elements reads it at any alignment.
+namespace {
+
+// Bytes to allocate for the mask of so many elements: keep_bits reads up to 7 beyond the last.
+inline int64_t mask_bytes(int64_t elements) { return ceil_div(elements, 64) * 8 + 8; }
+
+// At least 32 bits of the mask, that of `element` the lowest.
+FT_INLINE uint32_t keep_bits(const uint8_t* mask, int64_t element) {
+  uint64_t bits;
+  memcpy(&bits, mask + element / 8, sizeof bits);
+  return uint32_t(bits >> element % 8);
+}
+
+// The bytes of groups first .. first + kWideLanes - 1.
+FT_INLINE void draw_mask(const Dropout& d, int64_t first, uint8_t* mask) {
+  Wide counter, bytes{};
+  for (int lane = 0; lane < kWideLanes; ++lane) counter[lane] = uint64_t(first + lane);
+  const Wide multiplier0 = Wide{} + kPhiloxMultiplier0, multiplier1 = Wide{} + kPhiloxMultiplier1;
+  // Only the low half of a lane counts; mul_low and the draws ignore the other.
+  Wide c0 = counter, c1 = counter >> 32;
+  Wide c2 = Wide{} + d.offset, c3 = c2 >> 32;
+  uint32_t k0 = uint32_t(d.seed), k1 = uint32_t(d.seed >> 32);
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    const Wide low = mul_low(c0, multiplier0), high = mul_low(c2, multiplier1);
+    c0 = high >> 32 ^ c1 ^ k0;
+    c1 = high;
+    c2 = low >> 32 ^ c3 ^ k1;
+    c3 = low;
+    k0 += kPhiloxWeyl0;
+    k1 += kPhiloxWeyl1;
+  }
+  const Wide words[4] = {c0, c1, c2, c3};
+#pragma GCC unroll 8
+  for (int half = 0; half < kDropoutGroup; ++half) {
+    const Wide draw = words[half / 2] >> half % 2 * 16 & 0xffffu;
+    bytes |= reinterpret_cast<Wide>(draw >= d.threshold) & uint64_t(1) << half;
+  }
+  for (int lane = 0; lane < kWideLanes; ++lane) mask[lane] = uint8_t(bytes[lane]);
+}
+
+// The mask of elements [0, elements), or null where nothing is dropped.
+inline const uint8_t* dropout_mask(const Dropout& d, int64_t elements, int threads) {
+  if (!d.threshold || !elements) return nullptr;
+  uint8_t* mask = static_cast<uint8_t*>(scratch(Scratch::kMask, mask_bytes(elements)));
+  constexpr int64_t kTask = 2048;  // bytes: about 10 microseconds
+  const int64_t bytes = ceil_div(elements, 64) * 8;
+  parallel_for(threads, ceil_div(bytes, kTask), [=](int64_t task, int) {
+    const int64_t end = lesser(bytes, (task + 1) * kTask);
+    for (int64_t group = task * kTask; group < end; group += kWideLanes)
+      draw_mask(d, group, mask + group);
+  });
+  return mask;
+}
+
+}  // namespace

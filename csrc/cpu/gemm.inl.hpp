@@ -1,0 +1,444 @@
+// The GEMM core: C[i, j] = sum over products q and depth p of rows_q[i, p] * columns_q[j, p].
+//
+// Every operand is a list of lines (rows of C on the left, columns of C on the right), cut into
+// strips and packed by its producer, Operand::pack, as [depth item][kLanes lines] of 32-bit items:
+// an item is a float, or two bf16 values next to each other in depth. A producer may read dense
+// memory at any strides, or make the values up (from codes, blocks, a mask). A register tile is
+// one strip of at most kTileRows rows by one or two strips of columns.
+//
+// An element of C is summed in one order, whatever the sizes of tiles and the number of threads:
+// blocks of kDepthItems items, each from zero, added up in sequence. Blocks from zero also keep the
+// rounding error at that of a short sum. A product may come first to be scaled and masked in
+// float32 (the low-rank update) before the next is added.
+namespace {
+
+struct Operand {
+  const void* data;
+  int64_t line_stride, depth_stride;  // in elements
+  // Packs lines [line, line + lines), lines <= kLanes, depth [begin, end), into `strip`; missing
+  // lines and the missing half of a last pair are zeros. `begin` is even.
+  void (*pack)(const Operand&, int64_t line, int lines, int64_t begin, int64_t end, float* strip);
+  const uint8_t* mask;  // of dropout, or null: an element's index is that of these strides
+  int64_t mask_line_stride, mask_depth_stride;
+};
+
+struct Product {
+  Operand rows, columns;
+  int64_t depth;
+  bool pairs;  // items are two bf16 values; needs FT_BF16_DOT
+};
+
+struct Result {
+  void* data;
+  int64_t row_stride, column_stride;  // one of them is 1
+  void (*store)(const Result&, const float* tile, int64_t i, int64_t j, int rows, int columns);
+  const void* bias;  // one per column, of the result's dtype, or null
+  // What the first product is multiplied by, and the mask that selects from it, or null.
+  float scale;
+  const uint8_t* mask;
+  int64_t mask_row_stride;
+};
+
+// The register tile: kTileRows x 2 accumulators, 2 columns and 1 broadcast fill the register file
+// (32 registers of AVX-512, 16 elsewhere) and hide the latency of the multiply-add.
+constexpr int kTileRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;
+constexpr int kTileColumns = 2 * kLanes;
+// Two column strips stay in the first-level cache while the rows' block, half of the second level,
+// passes by.
+constexpr int64_t kDepthItems = 384;
+constexpr int kBlockRows = kTileRows * (224 / kTileRows);
+constexpr int kBlockColumns = 256;
+// Packed operands larger than this are made in parts.
+constexpr int64_t kPanelBytes = int64_t(16) << 20;
+// Fewer multiply-adds than this are not worth waking a thread for.
+constexpr int64_t kSerialWork = int64_t(1) << 18;
+
+// ---- dense producers -----------------------------------------------------------------------
+
+// n values from p that are neighbours in depth, as items; bits selects.
+template <bool kPairs, class T>
+FT_INLINE Vec load_items(const T* p, int n) {
+#if FT_BF16_DOT
+  if constexpr (kPairs) return load_pairs(p, n);
+#endif
+  return load(p, n);
+}
+template <bool kPairs>
+FT_INLINE Vec select_items(Vec v, uint32_t bits) {
+#if FT_BF16_DOT
+  if constexpr (kPairs) return select_pairs(v, bits);
+#endif
+  return select(v, bits);
+}
+
+// Lines whose values are neighbours in memory: transposed in registers.
+template <class T, bool kPairs>
+void pack_lines(const Operand& a, int64_t line, int lines, int64_t begin, int64_t end,
+                float* strip) {
+  constexpr int kPerItem = kPairs ? 2 : 1, kStep = kLanes * kPerItem;
+  const T* const data = static_cast<const T*>(a.data) + line * a.line_stride;
+  for (int64_t p = begin; p < end; p += kStep) {
+    const int n = int(lesser(kStep, end - p));
+    Vec items[kLanes];
+    for (int i = 0; i < kLanes; ++i) items[i] = zero();
+    for (int i = 0; i < lines; ++i) {
+      items[i] = load_items<kPairs>(data + i * a.line_stride + p, n);
+      if (a.mask)
+        items[i] =
+            select_items<kPairs>(items[i], keep_bits(a.mask, (line + i) * a.mask_line_stride + p));
+    }
+    transpose(items);
+    const int used = (n + kPerItem - 1) / kPerItem;
+    for (int i = 0; i < used; ++i) store(strip + i * kLanes, items[i]);
+    strip += used * kLanes;
+  }
+}
+
+// Lines that are neighbours in memory: copied.
+template <class T, bool kPairs>
+void pack_across(const Operand& a, int64_t line, int lines, int64_t begin, int64_t end,
+                 float* strip) {
+  const T* const data = static_cast<const T*>(a.data) + line;
+  const auto items = [&](int64_t p) {
+    const Vec v = load(data + p * a.depth_stride, lines);
+    return a.mask ? select(v, keep_bits(a.mask, line + p * a.mask_depth_stride)) : v;
+  };
+  if constexpr (kPairs) {
+#if FT_BF16_DOT
+    for (int64_t p = begin; p < end; p += 2, strip += kLanes)
+      store(strip, zip_pairs(items(p), p + 1 < end ? items(p + 1) : zero()));
+#endif
+  } else {
+    for (int64_t p = begin; p < end; ++p, strip += kLanes) store(strip, items(p));
+  }
+}
+
+// Any strides: gathered into short lines first.
+template <class T, bool kPairs>
+void pack_gathered(const Operand& a, int64_t line, int lines, int64_t begin, int64_t end,
+                   float* strip) {
+  constexpr int kPerItem = kPairs ? 2 : 1, kRun = 4 * kLanes * kPerItem;
+  T gathered[kLanes * kRun];
+  for (int64_t p = begin; p < end; p += kRun) {
+    const int n = int(lesser(kRun, end - p));
+    for (int i = 0; i < lines; ++i)
+      for (int q = 0; q < n; ++q) {
+        const int64_t element = (line + i) * a.mask_line_stride + (p + q) * a.mask_depth_stride;
+        const bool kept = !a.mask || keep_bits(a.mask, element) & 1;
+        const T* from =
+            static_cast<const T*>(a.data) + (line + i) * a.line_stride + (p + q) * a.depth_stride;
+        gathered[i * kRun + q] = kept ? *from : T{};
+      }
+    const Operand run{gathered, kRun, 1, nullptr, nullptr, 0, 0};
+    pack_lines<T, kPairs>(run, 0, lines, 0, n, strip);
+    strip += (n + kPerItem - 1) / kPerItem * kLanes;
+  }
+}
+
+template <class T, bool kPairs>
+auto dense_packer(const Operand& a) {
+  if (a.depth_stride == 1 && (!a.mask || a.mask_depth_stride == 1)) return pack_lines<T, kPairs>;
+  if (a.line_stride == 1 && (!a.mask || a.mask_line_stride == 1)) return pack_across<T, kPairs>;
+  return pack_gathered<T, kPairs>;
+}
+
+inline Operand dense(const void* data, int64_t line_stride, int64_t depth_stride) {
+  return {data, line_stride, depth_stride, nullptr, nullptr, 0, 0};
+}
+
+inline void choose_packer(Operand& a, int32_t dtype, bool pairs) {
+  if (dtype == FT_FLOAT32)
+    a.pack = dense_packer<float, false>(a);
+  else if (dtype == FT_FLOAT16)
+    a.pack = dense_packer<fp16, false>(a);
+  else
+    a.pack = pairs ? dense_packer<bf16, FT_BF16_DOT>(a) : dense_packer<bf16, false>(a);
+}
+
+// The product of two dense operands. Both bf16: multiplied as pairs where the level can, otherwise
+// widened to float32.
+inline Product product(Operand rows, int32_t rows_dtype, Operand columns, int32_t columns_dtype,
+                       int64_t depth) {
+  const bool pairs = FT_BF16_DOT && rows_dtype == FT_BFLOAT16 && columns_dtype == FT_BFLOAT16;
+  choose_packer(rows, rows_dtype, pairs);
+  choose_packer(columns, columns_dtype, pairs);
+  return {rows, columns, depth, pairs};
+}
+
+// ---- register tiles ------------------------------------------------------------------------
+
+// tile (+)= rows^T columns over `items` items; column strips are column_strip floats apart.
+template <int kRows, int kStrips, bool kPairs>
+void register_tile(const float* rows, const float* columns, int64_t column_strip, int64_t items,
+                   float* tile, bool accumulate) {
+  Vec sum[kRows][kStrips];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < kStrips; ++j) sum[i][j] = zero();
+  for (int64_t p = 0; p < items; ++p) {
+    Vec column[kStrips];
+#pragma GCC unroll 2
+    for (int j = 0; j < kStrips; ++j) column[j] = load(columns + j * column_strip);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const Vec row = splat(rows[i]);
+#pragma GCC unroll 2
+      for (int j = 0; j < kStrips; ++j)
+#if FT_BF16_DOT
+        sum[i][j] = kPairs ? dot_pairs(row, column[j], sum[i][j]) : fma(row, column[j], sum[i][j]);
+#else
+        sum[i][j] = fma(row, column[j], sum[i][j]);
+#endif
+    }
+    rows += kLanes;
+    columns += kLanes;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < kStrips; ++j) {
+      float* to = tile + i * kBlockColumns + j * kLanes;
+      store(to, accumulate ? add(load(to), sum[i][j]) : sum[i][j]);
+    }
+}
+
+using RegisterTile = void (*)(const float*, const float*, int64_t, int64_t, float*, bool);
+
+// Strips of fewer rows run the next even height; the packed zeros below cost less than more code.
+template <int kStrips, bool kPairs>
+RegisterTile tile_of_height(int rows) {
+  switch ((rows + 1) / 2) {
+    case 1:
+      return rows == 1 ? register_tile<1, kStrips, kPairs> : register_tile<2, kStrips, kPairs>;
+    case 2:
+      return register_tile<4, kStrips, kPairs>;
+#if FT_LANES >= 8
+    case 3:
+      return register_tile<6, kStrips, kPairs>;
+#endif
+#if FT_LANES >= 16
+    case 4:
+      return register_tile<8, kStrips, kPairs>;
+    case 5:
+      return register_tile<10, kStrips, kPairs>;
+    case 6:
+      return register_tile<12, kStrips, kPairs>;
+#endif
+    default:
+      return register_tile<kTileRows, kStrips, kPairs>;
+  }
+}
+
+inline RegisterTile choose_tile(int rows, int strips, bool pairs) {
+#if FT_BF16_DOT
+  if (pairs) return strips == 1 ? tile_of_height<1, true>(rows) : tile_of_height<2, true>(rows);
+#else
+  (void)pairs;
+#endif
+  return strips == 1 ? tile_of_height<1, false>(rows) : tile_of_height<2, false>(rows);
+}
+
+// ---- results -------------------------------------------------------------------------------
+
+// Scale the first product, and select from it what the mask keeps.
+inline void scale_and_mask(const Result& c, float* tile, int64_t i, int64_t j, int rows,
+                           int columns) {
+  const Vec scale = splat(c.scale);
+  for (int row = 0; row < rows; ++row, tile += kBlockColumns)
+    for (int column = 0; column < columns; column += kLanes) {
+      Vec v = mul(load(tile + column), scale);
+      if (c.mask) v = select(v, keep_bits(c.mask, (i + row) * c.mask_row_stride + j + column));
+      store(tile + column, v);
+    }
+}
+
+template <class T>
+void store_rows(const Result& c, const float* tile, int64_t i, int64_t j, int rows, int columns) {
+  const T* bias = static_cast<const T*>(c.bias);
+  for (int row = 0; row < rows; ++row, tile += kBlockColumns) {
+    T* to = static_cast<T*>(c.data) + (i + row) * c.row_stride + j;
+    for (int column = 0; column < columns; column += kLanes) {
+      const int n = int(lesser(kLanes, columns - column));
+      const Vec v = load(tile + column);
+      store(to + column, bias ? add(v, load(bias + j + column, n)) : v, n);
+    }
+  }
+}
+
+template <class T>
+void store_columns(const Result& c, const float* tile, int64_t i, int64_t j, int rows,
+                   int columns) {
+  for (int column = 0; column < columns; ++column) {
+    T* to = static_cast<T*>(c.data) + (j + column) * c.column_stride + i;
+    for (int row = 0; row < rows; ++row)
+      to[row] = from_float<T>(tile[row * kBlockColumns + column]);
+  }
+}
+
+// Where C goes: C-contiguous rows, or its transpose.
+inline Result result(void* data, int32_t dtype, int64_t row_stride, int64_t column_stride,
+                     float scale = 1.0f) {
+  const bool rows = column_stride == 1;
+  auto store = dtype == FT_FLOAT32    ? (rows ? store_rows<float> : store_columns<float>)
+               : dtype == FT_BFLOAT16 ? (rows ? store_rows<bf16> : store_columns<bf16>)
+                                      : (rows ? store_rows<fp16> : store_columns<fp16>);
+  return {data, row_stride, column_stride, store, nullptr, scale, nullptr, 0};
+}
+
+// ---- the loops -----------------------------------------------------------------------------
+
+// A range of lines cut into strips of equal height, packed as [block of depth][strip][item][lane].
+struct Strips {
+  int64_t begin, end;  // lines
+  int height;
+
+  int64_t count() const { return ceil_div(end - begin, height); }
+  int64_t line(int64_t strip) const { return begin + strip * height; }
+  int lines(int64_t strip) const { return int(lesser(height, end - line(strip))); }
+};
+
+inline int64_t items_of(const Product& q) { return q.pairs ? ceil_div(q.depth, 2) : q.depth; }
+
+// Pack items [first, last) of one strip.
+FT_INLINE void pack_items(const Product& q, const Operand& a, int64_t line, int lines,
+                          int64_t first, int64_t last, float* strip) {
+  const int per_item = q.pairs ? 2 : 1;
+  a.pack(a, line, lines, first * per_item, lesser(last * per_item, q.depth), strip);
+}
+
+inline void pack_strip(const Product& q, const Operand& a, const Strips& strips, int64_t strip,
+                       float* panel) {
+  const int64_t items = items_of(q);
+  for (int64_t p = 0; p < items; p += kDepthItems) {
+    const int64_t block = lesser(kDepthItems, items - p);
+    pack_items(q, a, strips.line(strip), strips.lines(strip), p, p + block,
+               panel + (p * strips.count() + strip * block) * kLanes);
+  }
+}
+
+constexpr int kMaxProducts = 2;
+
+// One call of gemm: the products, and the packed panels of the part of C at hand.
+struct Gemm {
+  const Product* products;
+  int count;
+  const Result* c;
+  Strips rows, columns;
+  float* row_panels[kMaxProducts];
+  float* column_panels[kMaxProducts];  // null: every tile packs its own columns
+};
+
+// Row strips [i0, i1) by column strips [j0, j1), at most kBlockRows x kBlockColumns.
+inline void compute_block(const Gemm& g, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
+                          float* tile, float* own_columns) {
+  bool accumulate = false;
+  const int64_t i = g.rows.line(i0), j = g.columns.line(j0);
+  const int rows = int(lesser(g.rows.line(i1), g.rows.end) - i);
+  const int columns = int(lesser(g.columns.line(j1), g.columns.end) - j);
+  for (int q = 0; q < g.count; ++q) {
+    const Product& product = g.products[q];
+    const int64_t items = items_of(product);
+    for (int64_t p = 0; p < items; p += kDepthItems) {
+      const int64_t block = lesser(kDepthItems, items - p), strip_floats = block * kLanes;
+      const float* row_block = g.row_panels[q] + p * g.rows.count() * kLanes;
+      for (int64_t strip = j0; strip < j1; strip += 2) {
+        const int strips = int(lesser(2, j1 - strip));
+        const float* column_block = own_columns;
+        if (g.column_panels[q]) {
+          column_block = g.column_panels[q] + p * g.columns.count() * kLanes + strip * strip_floats;
+        } else {
+          for (int s = 0; s < strips; ++s)
+            pack_items(product, product.columns, g.columns.line(strip + s),
+                       g.columns.lines(strip + s), p, p + block, own_columns + s * strip_floats);
+        }
+        float* to = tile + (strip - j0) * kLanes;
+        for (int64_t s = i0; s < i1; ++s, to += g.rows.height * kBlockColumns)
+          choose_tile(g.rows.lines(s), strips, product.pairs)(
+              row_block + s * strip_floats, column_block, strip_floats, block, to, accumulate);
+      }
+      accumulate = true;
+    }
+    if (q == 0 && accumulate && (g.c->scale != 1.0f || g.c->mask))
+      scale_and_mask(*g.c, tile, i, j, rows, columns);
+  }
+  if (!accumulate)
+    for (int64_t at = 0; at < int64_t(rows) * kBlockColumns; ++at) tile[at] = 0.0f;
+  g.c->store(*g.c, tile, i, j, rows, columns);
+}
+
+inline float* panel_space(Scratch which, const Product* products, int count, const Strips& strips,
+                          float** panels) {
+  int64_t floats = 0;
+  for (int q = 0; q < count; ++q) floats += items_of(products[q]) * strips.count() * kLanes;
+  float* space = static_cast<float*>(scratch(which, (floats + 1) * int64_t(sizeof(float))));
+  for (int q = 0; q < count; ++q) {
+    panels[q] = space;
+    space += items_of(products[q]) * strips.count() * kLanes;
+  }
+  return space;
+}
+
+// C = sum of the products, at most kMaxProducts, into c; C is rows x columns.
+inline void gemm(int64_t rows, int64_t columns, const Product* products, int count, const Result& c,
+                 int threads) {
+  if (!rows || !columns) return;
+  int64_t depth = 0;
+  for (int q = 0; q < count; ++q) depth += items_of(products[q]);
+  if (rows * columns * depth < kSerialWork) threads = 1;
+
+  // Columns whose packed panel is used by one block of rows only are packed where they are used.
+  const bool share_columns = rows > kBlockRows;
+  const int64_t line_bytes = greater(depth, 1) * int64_t(sizeof(float));
+  const int64_t columns_at_once =
+      share_columns ? greater(int64_t(threads) * kBlockColumns, kPanelBytes / line_bytes) /
+                          kBlockColumns * kBlockColumns
+                    : columns;
+  const int strip_height = int(ceil_div(rows, ceil_div(rows, kTileRows)));
+  const int64_t rows_at_once = greater(kBlockRows / strip_height * strip_height,
+                                       kPanelBytes / (line_bytes * kLanes) * strip_height);
+
+  constexpr int64_t kTile = int64_t(kBlockRows) * kBlockColumns;
+  constexpr int64_t kWorker = kTile + 2 * kDepthItems * kLanes;
+  float* const workers =
+      static_cast<float*>(scratch(Scratch::kWorkers, threads * kWorker * int64_t(sizeof(float))));
+
+  Gemm g{products, count, &c, {0, 0, strip_height}, {0, 0, kLanes}, {}, {}};
+  for (int64_t j = 0; j < columns; j += columns_at_once) {
+    g.columns.begin = j;
+    g.columns.end = lesser(columns, j + columns_at_once);
+    if (share_columns) {
+      panel_space(Scratch::kColumnPanels, products, count, g.columns, g.column_panels);
+      parallel_for(threads, g.columns.count(), [&g](int64_t strip, int) {
+        for (int q = 0; q < g.count; ++q)
+          pack_strip(g.products[q], g.products[q].columns, g.columns, strip, g.column_panels[q]);
+      });
+    }
+    for (int64_t i = 0; i < rows; i += rows_at_once) {
+      g.rows.begin = i;
+      g.rows.end = lesser(rows, i + rows_at_once);
+      panel_space(Scratch::kRowPanels, products, count, g.rows, g.row_panels);
+      parallel_for(g.rows.count() > 1 ? threads : 1, g.rows.count(), [&g](int64_t strip, int) {
+        for (int q = 0; q < g.count; ++q)
+          pack_strip(g.products[q], g.products[q].rows, g.rows, strip, g.row_panels[q]);
+      });
+
+      // Blocks of C of equal size, as many as keep all threads busy to the end.
+      const int64_t row_strips = g.rows.count(), column_pairs = ceil_div(g.columns.count(), 2);
+      const int64_t row_blocks = ceil_div(row_strips, kBlockRows / strip_height);
+      int64_t column_blocks = ceil_div(g.columns.count(), kBlockColumns / kLanes);
+      if (threads > 1) column_blocks = greater(column_blocks, ceil_div(4 * threads, row_blocks));
+      const int64_t block_rows = ceil_div(row_strips, row_blocks);
+      const int64_t block_columns = 2 * ceil_div(column_pairs, lesser(column_blocks, column_pairs));
+      const int64_t across = ceil_div(g.columns.count(), block_columns);
+      parallel_for(threads, row_blocks * across, [&](int64_t task, int worker) {
+        const int64_t i0 = task / across * block_rows, j0 = task % across * block_columns;
+        float* tile = workers + worker * kWorker;
+        compute_block(g, i0, lesser(i0 + block_rows, g.rows.count()), j0,
+                      lesser(j0 + block_columns, g.columns.count()), tile, tile + kTile);
+      });
+    }
+  }
+}
+
+}  // namespace

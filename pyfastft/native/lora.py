@@ -1,0 +1,138 @@
+"""The lora family on the native libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pyfastft import _native
+from pyfastft._check import name_of
+from pyfastft._native import DTYPES, address
+from pyfastft._op import implement
+from pyfastft._random import dropout_threshold
+
+
+def _cpu_unsupported(first: torch.Tensor, *_: Any) -> str | None:
+    """Why the CPU library cannot run an op whose first argument has the base's dtype."""
+    if first.dtype not in DTYPES:
+        return f"{name_of(first.dtype)} is not one of {', '.join(map(name_of, DTYPES))}"
+    return _native.why_no_cpu()
+
+
+@implement("lora_linear", "cpu", unsupported=_cpu_unsupported)
+def lora_linear(
+    y: torch.Tensor,
+    xa: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: torch.Tensor,
+    p: float,
+    rng: torch.Tensor | None,
+) -> None:
+    n, k = weight.shape
+    r = lora_a.shape[0]
+    m = xa.numel() // r
+    if x.dim() != 2:
+        x = x.reshape(m, k)
+    lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    if rng is not None:
+        rng = rng.contiguous()
+    x_stride_m, x_stride_k = x.stride()
+    weight_stride_n, weight_stride_k = weight.stride()
+    _native.cpu().lora_linear(
+        y=y.data_ptr(),
+        xa=xa.data_ptr(),
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        lora_a=lora_a.data_ptr(),
+        lora_b=lora_b.data_ptr(),
+        bias=address(bias),
+        scaling=scaling.data_ptr(),
+        rng=address(rng),
+        m=m,
+        n=n,
+        k=k,
+        r=r,
+        x_stride_m=x_stride_m,
+        x_stride_k=x_stride_k,
+        weight_stride_n=weight_stride_n,
+        weight_stride_k=weight_stride_k,
+        threshold=dropout_threshold(p) if p else 0,
+        dtype=DTYPES[x.dtype],
+        adapter_dtype=DTYPES[lora_a.dtype],
+        threads=torch.get_num_threads(),
+    )
+
+
+@implement("lora_linear_backward", "cpu", unsupported=_cpu_unsupported)
+def lora_linear_backward(
+    dx: torch.Tensor,
+    dweight: torch.Tensor,
+    dlora_a: torch.Tensor,
+    dlora_b: torch.Tensor,
+    dbias: torch.Tensor,
+    dscaling: torch.Tensor,
+    grad: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    xa: torch.Tensor | None,
+    scaling: torch.Tensor,
+    p: float,
+    rng: torch.Tensor | None,
+    need: Sequence[bool],
+) -> None:
+    n, k = weight.shape
+    r = lora_a.shape[0]
+    m = grad.shape[:-1].numel()
+    if grad.dim() != 2:
+        grad = grad.reshape(m, n)
+    if x is not None and x.dim() != 2:
+        x = x.reshape(m, k)
+    if xa is not None:
+        xa = xa.contiguous()
+    lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()
+    if rng is not None:
+        rng = rng.contiguous()
+    grad_stride_m, grad_stride_n = grad.stride()
+    x_stride_m, x_stride_k = (0, 0) if x is None else x.stride()
+    weight_stride_n, weight_stride_k = weight.stride()
+    # An output that is not needed has no elements: its address is null, and it is not computed.
+    _native.cpu().lora_linear_backward(
+        dx=dx.data_ptr(),
+        dweight=dweight.data_ptr(),
+        dlora_a=dlora_a.data_ptr(),
+        dlora_b=dlora_b.data_ptr(),
+        dbias=dbias.data_ptr(),
+        dscaling=dscaling.data_ptr(),
+        grad=grad.data_ptr(),
+        x=address(x),
+        weight=weight.data_ptr(),
+        lora_a=lora_a.data_ptr(),
+        lora_b=lora_b.data_ptr(),
+        xa=address(xa),
+        scaling=scaling.data_ptr(),
+        rng=address(rng),
+        m=m,
+        n=n,
+        k=k,
+        r=r,
+        grad_stride_m=grad_stride_m,
+        grad_stride_n=grad_stride_n,
+        x_stride_m=x_stride_m,
+        x_stride_k=x_stride_k,
+        weight_stride_n=weight_stride_n,
+        weight_stride_k=weight_stride_k,
+        threshold=dropout_threshold(p) if p else 0,
+        dtype=DTYPES[grad.dtype],
+        adapter_dtype=DTYPES[lora_a.dtype],
+        threads=torch.get_num_threads(),
+    )
