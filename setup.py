@@ -6,7 +6,7 @@ is recorded in ``pyfastft/_build_info.json``, which ``python -m pyfastft`` print
 
 Environment: ``PYFASTFT_CUDA`` 0 builds no CUDA extension, 1 makes its absence an error;
 ``PYFASTFT_CUDA_ARCHS`` narrows the code emitted, e.g. ``90a-real``; ``CXX`` and ``CUDACXX`` name
-the compilers.
+the compilers; ``PYFASTFT_SANITIZE`` names sanitizers, e.g. ``address,undefined``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+SOURCES = [
+    "CMakeLists.txt",
+    *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.*")) if p.is_file()),
+]
 
 
 def find_nvcc() -> str | None:
@@ -29,11 +34,17 @@ def find_nvcc() -> str | None:
     return os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
 
 
+def find_tool(name: str) -> str | None:
+    """A build tool on the PATH, or beside this Python, whose environment may not be activated."""
+    return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+
+
 def why_no_compiler() -> str | None:
-    if not any(shutil.which(c) for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c):
+    named = os.environ.get("CXX", "").split()[:1]
+    if not any(shutil.which(compiler) for compiler in named or ("c++", "g++", "clang++")):
         return "no C++ compiler was found; install g++ or set CXX, then reinstall"
     for tool in ("cmake", "ninja"):
-        if not shutil.which(tool):
+        if not find_tool(tool):
             return f"{tool} was not found; install it with pip, then reinstall"
     return None
 
@@ -42,18 +53,21 @@ class CMakeBuild(build_ext):
     """Every extension in one CMake build; a missing toolchain leaves a pure-Python install."""
 
     def run(self) -> None:
-        package = ROOT / "pyfastft" if self.editable_mode else Path(self.build_lib) / "pyfastft"
+        in_tree = self.editable_mode or self.inplace
+        package = ROOT / "pyfastft" if in_tree else Path(self.build_lib) / "pyfastft"
         package.mkdir(parents=True, exist_ok=True)
         info = self.build(package.resolve())
         (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
     def build(self, package: Path) -> dict[str, dict[str, object]]:
         missing = why_no_compiler()
+        setting = os.environ.get("PYFASTFT_CUDA", "auto")
+        if missing and setting == "1":
+            raise RuntimeError(f"PYFASTFT_CUDA=1, but nothing can be compiled: {missing}")
         if missing:
             print(f"pyfastft: pure-Python install, {missing}", file=sys.stderr)
             return {name: {"built": False, "why": missing} for name in ("cpu", "cuda")}
         nvcc = find_nvcc()
-        setting = os.environ.get("PYFASTFT_CUDA", "auto")
         if setting == "0":
             why_no_cuda = "PYFASTFT_CUDA=0 was set"
         elif nvcc is None:
@@ -72,27 +86,30 @@ class CMakeBuild(build_ext):
         """Configure and build some targets; the reason where that fails."""
         import pybind11
 
-        tree = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{'-cuda' if nvcc else ''}"
+        sanitize = os.environ.get("PYFASTFT_SANITIZE", "")
+        kind = ("-cuda" if nvcc else "") + ("-sanitize" if sanitize else "")
+        tree = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{kind}"
+        cmake = find_tool("cmake")
         configure = [
-            "cmake",
+            cmake,
             "-S",
             str(ROOT),
             "-B",
             str(tree),
             "-G",
             "Ninja",
-            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
+            f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DFASTFT_OUTPUT_DIR={package}",
-            f"-DFASTFT_SANITIZE={os.environ.get('PYFASTFT_SANITIZE', '')}",
+            f"-DFASTFT_SANITIZE={sanitize}",
             f"-DFASTFT_CUDA={'ON' if nvcc else 'OFF'}",
         ]
         if nvcc:
             configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
             archs = os.environ.get("PYFASTFT_CUDA_ARCHS")
             configure += [f"-DFASTFT_CUDA_ARCHS={archs}"] if archs else []
-        for command in (configure, ["cmake", "--build", str(tree), "--target", *targets]):
+        for command in (configure, [cmake, "--build", str(tree), "--target", *targets]):
             done = subprocess.run(command, capture_output=True, text=True)
             log = tree / f"{targets[0]}.log" if tree.is_dir() else None
             if log:
@@ -100,7 +117,7 @@ class CMakeBuild(build_ext):
             if done.returncode:
                 tail = (done.stdout + done.stderr).strip().splitlines()[-30:]
                 print("\n".join(tail), file=sys.stderr)
-                return f"{' '.join(command[:2])} failed, see {log}"
+                return f"cmake {command[1]} failed, see {log}"
         return None
 
 
@@ -119,8 +136,12 @@ setup(
         "pyfastft.triton_kernels": "triton_kernels",
         "pyfastft.benchmarks": "benchmarks",
     },
-    package_data={"pyfastft": ["py.typed"], "pyfastft.benchmarks": ["bars.toml", "results/**/*"]},
-    # Named only so that setuptools makes a platform wheel; CMakeBuild compiles.
-    ext_modules=[Extension("pyfastft._cpu", sources=[])],
+    package_data={
+        "pyfastft": ["py.typed"],
+        "pyfastft.benchmarks": ["*.c", "bars.toml", "results/**/*"],
+    },
+    # Named only so that setuptools makes a platform wheel and ships the sources with an sdist;
+    # CMakeBuild compiles.
+    ext_modules=[Extension("pyfastft._cpu", sources=[], depends=SOURCES)],
     cmdclass={"build_ext": CMakeBuild},
 )
