@@ -7,8 +7,8 @@
 // one strip of at most kTileRows rows by one or two strips of columns.
 //
 // An element of C is summed in one order, whatever the sizes of tiles and the number of threads:
-// blocks of kDepthItems items, each from zero, added up in sequence. Blocks from zero also keep the
-// rounding error at that of a short sum. A product may come first to be scaled and masked in
+// blocks of Product::block items, each from zero, added up in sequence. Blocks from zero also keep
+// the rounding error at that of a short sum. A product may come first to be scaled and masked in
 // float32 (the low-rank update) before the next is added.
 namespace {
 
@@ -25,7 +25,8 @@ struct Operand {
 struct Product {
   Operand rows, columns;
   int64_t depth;
-  bool pairs;  // items are two bf16 values; needs FT_BF16_DOT
+  bool pairs;     // items are two bf16 values; needs FT_BF16_DOT
+  int64_t block;  // items summed up from zero, then added to what stands
 };
 
 struct Result {
@@ -46,6 +47,8 @@ constexpr int kTileColumns = 2 * kLanes;
 // Two column strips stay in the first-level cache while the rows' block, half of the second level,
 // passes by.
 constexpr int64_t kDepthItems = 384;
+// The low-rank products are a small part of the work and a large part of the gradients' error.
+constexpr int64_t kShortDepthItems = 64;
 constexpr int kBlockRows = kTileRows * (224 / kTileRows);
 constexpr int kBlockColumns = 256;
 // Packed operands larger than this are made in parts.
@@ -158,48 +161,63 @@ inline void choose_packer(Operand& a, int32_t dtype, bool pairs) {
 // The product of two dense operands. Both bf16: multiplied as pairs where the level can, otherwise
 // widened to float32.
 inline Product product(Operand rows, int32_t rows_dtype, Operand columns, int32_t columns_dtype,
-                       int64_t depth) {
+                       int64_t depth, int64_t block = kDepthItems) {
   const bool pairs = FT_BF16_DOT && rows_dtype == FT_BFLOAT16 && columns_dtype == FT_BFLOAT16;
   choose_packer(rows, rows_dtype, pairs);
   choose_packer(columns, columns_dtype, pairs);
-  return {rows, columns, depth, pairs};
+  return {rows, columns, depth, pairs, block};
 }
 
 // ---- register tiles ------------------------------------------------------------------------
 
-// tile (+)= rows^T columns over `items` items; column strips are column_strip floats apart.
+template <bool kPairs>
+FT_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+#if FT_BF16_DOT
+  if constexpr (kPairs) return dot_pairs(a, b, c);
+#endif
+  return fma(a, b, c);
+}
+
+// tile (+)= rows^T columns over `items` items; column strips are column_strip floats apart. A tile
+// of few rows deals the items out to several sums, to hide the latency of the multiply-add.
 template <int kRows, int kStrips, bool kPairs>
 void register_tile(const float* rows, const float* columns, int64_t column_strip, int64_t items,
                    float* tile, bool accumulate) {
-  Vec sum[kRows][kStrips];
+  constexpr int kSums = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;
+  Vec sum[kSums][kRows][kStrips];
+#pragma GCC unroll 4
+  for (int s = 0; s < kSums; ++s)
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i)
+    for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < kStrips; ++j) sum[i][j] = zero();
-  for (int64_t p = 0; p < items; ++p) {
+      for (int j = 0; j < kStrips; ++j) sum[s][i][j] = zero();
+  const auto add_item = [&](int s, int64_t p) __attribute__((always_inline)) {
     Vec column[kStrips];
 #pragma GCC unroll 2
-    for (int j = 0; j < kStrips; ++j) column[j] = load(columns + j * column_strip);
+    for (int j = 0; j < kStrips; ++j) column[j] = load(columns + j * column_strip + p * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const Vec row = splat(rows[i]);
+      const Vec row = splat(rows[p * kLanes + i]);
 #pragma GCC unroll 2
       for (int j = 0; j < kStrips; ++j)
-#if FT_BF16_DOT
-        sum[i][j] = kPairs ? dot_pairs(row, column[j], sum[i][j]) : fma(row, column[j], sum[i][j]);
-#else
-        sum[i][j] = fma(row, column[j], sum[i][j]);
-#endif
+        sum[s][i][j] = multiply_add<kPairs>(row, column[j], sum[s][i][j]);
     }
-    rows += kLanes;
-    columns += kLanes;
-  }
+  };
+  int64_t p = 0;
+  for (; p + kSums <= items; p += kSums)
+#pragma GCC unroll 4
+    for (int s = 0; s < kSums; ++s) add_item(s, p + s);
+  for (; p < items; ++p) add_item(0, p);
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < kStrips; ++j) {
+      Vec total = sum[0][i][j];
+      if constexpr (kSums == 2) total = add(total, sum[1][i][j]);
+      if constexpr (kSums == 4)
+        total = add(add(total, sum[1][i][j]), add(sum[2][i][j], sum[3][i][j]));
       float* to = tile + i * kBlockColumns + j * kLanes;
-      store(to, accumulate ? add(load(to), sum[i][j]) : sum[i][j]);
+      store(to, accumulate ? add(load(to), total) : total);
     }
 }
 
@@ -310,8 +328,8 @@ FT_INLINE void pack_items(const Product& q, const Operand& a, int64_t line, int 
 inline void pack_strip(const Product& q, const Operand& a, const Strips& strips, int64_t strip,
                        float* panel) {
   const int64_t items = items_of(q);
-  for (int64_t p = 0; p < items; p += kDepthItems) {
-    const int64_t block = lesser(kDepthItems, items - p);
+  for (int64_t p = 0; p < items; p += q.block) {
+    const int64_t block = lesser(q.block, items - p);
     pack_items(q, a, strips.line(strip), strips.lines(strip), p, p + block,
                panel + (p * strips.count() + strip * block) * kLanes);
   }
@@ -339,8 +357,8 @@ inline void compute_block(const Gemm& g, int64_t i0, int64_t i1, int64_t j0, int
   for (int q = 0; q < g.count; ++q) {
     const Product& product = g.products[q];
     const int64_t items = items_of(product);
-    for (int64_t p = 0; p < items; p += kDepthItems) {
-      const int64_t block = lesser(kDepthItems, items - p), strip_floats = block * kLanes;
+    for (int64_t p = 0; p < items; p += product.block) {
+      const int64_t block = lesser(product.block, items - p), strip_floats = block * kLanes;
       const float* row_block = g.row_panels[q] + p * g.rows.count() * kLanes;
       for (int64_t strip = j0; strip < j1; strip += 2) {
         const int strips = int(lesser(2, j1 - strip));

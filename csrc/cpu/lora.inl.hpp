@@ -22,8 +22,8 @@ inline void lora_forward(const LoraForward& f) {
 
   // S^T = A dropout(x)^T; the scale of what is kept is applied once, to the sum.
   const Operand x = dense(f.x, f.x_stride_m, f.x_stride_k);
-  const Product down =
-      product(dense(f.lora_a, f.k, 1), f.adapter_dtype, masked(x, mask, f.k, 1), f.dtype, f.k);
+  const Product down = product(dense(f.lora_a, f.k, 1), f.adapter_dtype, masked(x, mask, f.k, 1),
+                               f.dtype, f.k, kShortDepthItems);
   gemm(f.r, f.m, &down, 1, result(f.xa, f.adapter_dtype, 1, f.r, f.dropout.scale), f.threads);
 
   // y = s * S B^T + x W^T + b, with S as it was rounded to its dtype.
@@ -56,16 +56,18 @@ inline void lora_backward(const LoraBackward& f) {
 
   if (f.dx || f.dlora_a || f.dscaling) {
     t = static_cast<float*>(scratch(Scratch::kLowRank, (f.r * f.m + 1) * int64_t(sizeof(float))));
-    const Product down = product(dense(f.lora_b, 1, f.r), f.adapter_dtype, grad, f.dtype, f.n);
+    const Product down =
+        product(dense(f.lora_b, 1, f.r), f.adapter_dtype, grad, f.dtype, f.n, kShortDepthItems);
     gemm(f.r, f.m, &down, 1, result(t, FT_FLOAT32, f.m, 1), f.threads);
   }
   if (f.dlora_b) {
-    const Product sum = product(dense(f.xa, 1, f.r), f.adapter_dtype, grad_t, f.dtype, f.m);
+    const Product sum =
+        product(dense(f.xa, 1, f.r), f.adapter_dtype, grad_t, f.dtype, f.m, kShortDepthItems);
     gemm(f.r, f.n, &sum, 1, result(f.dlora_b, f.adapter_dtype, 1, f.r, f.scaling), f.threads);
   }
   if (f.dlora_a) {
-    const Product sum =
-        product(dense(t, f.m, 1), FT_FLOAT32, masked(x_t, mask, 1, f.k), f.dtype, f.m);
+    const Product sum = product(dense(t, f.m, 1), FT_FLOAT32, masked(x_t, mask, 1, f.k), f.dtype,
+                                f.m, kShortDepthItems);
     gemm(f.r, f.k, &sum, 1, result(f.dlora_a, f.adapter_dtype, f.k, 1, scale), f.threads);
   }
   if (f.dx) {
@@ -89,7 +91,7 @@ inline void lora_backward(const LoraBackward& f) {
     const void* ones = f.dtype == FT_FLOAT32    ? static_cast<const void*>(&one)
                        : f.dtype == FT_BFLOAT16 ? static_cast<const void*>(&bf16_one)
                                                 : static_cast<const void*>(&fp16_one);
-    const Product sum = product(dense(ones, 0, 0), f.dtype, grad_t, f.dtype, f.m);
+    const Product sum = product(dense(ones, 0, 0), f.dtype, grad_t, f.dtype, f.m, kShortDepthItems);
     gemm(1, f.n, &sum, 1, result(f.dbias, f.dtype, f.n, 1), f.threads);
   }
   if (f.dscaling) {
