@@ -1,16 +1,25 @@
 """Fused kernels for fine-tuning and compressing pretrained models, on GPU and on CPU."""
 
-from pyfastft import autograd, functional
+from pyfastft import autograd, functional, nn
 from pyfastft._op import Explanation, backend, explain
+from pyfastft.config import LoRA
+from pyfastft.conversion import Report, convert, merge, revert, unmerge
 from pyfastft.functional import lora_linear
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
+    "LoRA",
+    "Report",
     "autograd",
     "backend",
+    "convert",
     "explain",
     "functional",
     "lora_linear",
+    "merge",
+    "nn",
+    "revert",
+    "unmerge",
 ]

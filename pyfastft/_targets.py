@@ -1,0 +1,162 @@
+"""Which modules a config means: PEFT's rules, with a reason for each module left alone."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import nn
+
+from pyfastft._report import leaf
+from pyfastft.config import ALL_LINEAR, LoRA
+from pyfastft.nn.lora import LoRALinear, is_conv1d, why_not
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The modules to convert by name, as they are without an adapter, and why others are not."""
+
+    modules: dict[str, nn.Module]
+    skipped: dict[str, str]
+
+
+def plan(model: nn.Module, config: LoRA) -> Plan:
+    """What a conversion of the model would do.
+
+    Raises:
+        ValueError: nothing would be converted, or a target names nothing; suggests near names.
+    """
+    named = {name: _without_adapter(module) for name, module in model.named_modules() if name}
+    targets, skipped = _resolve(model, named, config.targets)
+    _expect_each_to_match(config.targets, named)
+    parents = {name: named.get(name.rpartition(".")[0], model) for name in named}
+    modules = {}
+    for name, module in named.items():
+        if not names_module(targets, name):
+            continue
+        if config.exclude and names_module(config.exclude, name):
+            skipped[name] = "excluded"
+        elif not isinstance(targets, str) and not in_layers(config, targets, name):
+            skipped[name] = f"not in layers {config.layers}"
+        elif why := why_not(module) or _is_bypassed(parents[name], module):
+            skipped[name] = why
+        else:
+            modules[name] = module
+    if not modules:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:5])
+        raise ValueError(
+            f"convert: expected targets of modules that can be converted, got none among "
+            f"{len(skipped)} matches ({reasons})" + _common(named)
+        )
+    return Plan(modules, skipped)
+
+
+def names_module(targets: str | Collection[str], name: str) -> bool:
+    """A string matches the whole name; one of several is the name or its end after a dot."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def in_layers(config: LoRA, targets: Collection[str], name: str) -> bool:
+    """Whether the module's layer is one of ``config.layers``.
+
+    A target that is the whole name is meant whatever its layer.
+    """
+    layers = (config.layers,) if isinstance(config.layers, int) else config.layers
+    if not layers or name in targets:
+        return True
+    patterns = config.layers_pattern or ()
+    patterns = (patterns,) if isinstance(patterns, str) else patterns
+    # The first index in the name is the layer's; later ones are, say, those of experts.
+    expressions = [rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in patterns] or [
+        r".*?\.[^.]*\.(?P<index>\d+)\."
+    ]
+    for expression in expressions:
+        if found := re.match(expression, name):
+            return int(found["index"]) in layers
+    return False
+
+
+def selects_exactly(config: LoRA, model: nn.Module, names: Collection[str]) -> bool:
+    """Whether the config's own words mean these modules and no others, by the rules alone."""
+    targets = config.targets
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        return False
+    meant = {
+        name
+        for name, _ in model.named_modules()
+        if name
+        and names_module(targets, name)
+        and not (config.exclude and names_module(config.exclude, name))
+        and (isinstance(targets, str) or in_layers(config, targets, name))
+    }
+    return meant == set(names)
+
+
+def _without_adapter(module: nn.Module) -> nn.Module:
+    return module.base if isinstance(module, LoRALinear) else module
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def _resolve(
+    model: nn.Module, named: dict[str, nn.Module], targets: str | Collection[str]
+) -> tuple[str | Collection[str], dict[str, str]]:
+    """The targets with ``"all-linear"`` spelt out, and what that leaves out."""
+    if not (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
+        return targets, {}
+    linear = {name for name, module in named.items() if _is_linear(module)}
+    head = _output_head(model)
+    skipped = {
+        name: "the output head, which all-linear leaves out"
+        for name in linear
+        if head is not None and named[name] is head
+    }
+    return frozenset(linear - skipped.keys()), skipped
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    transformers = sys.modules.get("transformers.modeling_utils")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return None
+    head = model.get_output_embeddings()
+    return None if head is None else _without_adapter(head)
+
+
+def _is_bypassed(parent: nn.Module, module: nn.Module) -> str | None:
+    """Why the parent computes with the module's weight and never calls the module, if so."""
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weight and does not call it"
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return "nn.TransformerEncoderLayer reads its weight in inference and does not call it"
+    return None
+
+
+def _expect_each_to_match(targets: str | Collection[str], named: dict[str, nn.Module]) -> None:
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        return
+    for target in (targets,) if isinstance(targets, str) else targets:
+        if any(names_module(target if isinstance(targets, str) else (target,), n) for n in named):
+            continue
+        candidates = dict.fromkeys(part for name in named for part in (leaf(name), name))
+        near = difflib.get_close_matches(target, candidates, n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(
+            f"convert: expected targets of names in the model, got {target!r}{hint}"
+            + _common(named)
+        )
+
+
+def _common(named: dict[str, nn.Module]) -> str:
+    counts = Counter(leaf(name) for name, module in named.items() if _is_linear(module))
+    if not counts:
+        return "; the model has no linear layers"
+    common = ", ".join(f"{name} ({number})" for name, number in counts.most_common(5))
+    return f"; its most common linear layers are {common}"

@@ -1,0 +1,198 @@
+"""What to convert a model to: one frozen dataclass per method."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn
+
+__all__ = ["LoRA"]
+
+ALL_LINEAR = "all-linear"
+
+_INITS = ("kaiming", "gaussian", "random")
+_BIASES = ("none", "all", "lora_only")
+_DTYPES = ("float32", "base")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    r"""Low-rank adapters on linear layers: :math:`W x + s B A x`, with PEFT's semantics.
+
+    :math:`s` is alpha / r, or alpha / sqrt(r) with ``use_rslora``.
+
+    Args:
+        r: rank R of A (R, K) and B (N, R).
+        alpha: scales the update.
+        dropout: probability of dropping an element of the update's input while training.
+        targets: which modules. A list: names, or the ends of names after a dot. A string: a
+            regular expression that the whole name matches, or ``"all-linear"``.
+        exclude: modules to leave alone, a list or a regular expression as ``targets``.
+        layers: indices of the layers to convert, one or a list; needs a list of targets.
+        layers_pattern: names of the module lists that ``layers`` counts in; by default the first
+            number in a module's name is its layer.
+        rank_pattern: regular expressions of names' ends to ranks that differ from ``r``.
+        alpha_pattern: the same for ``alpha``.
+        use_rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732).
+        bias: which biases of the base model train: ``"none"``, ``"all"``, or ``"lora_only"``,
+            those of the converted layers.
+        lora_bias: give B a bias of its own.
+        init: ``"kaiming"``, A uniform as nn.Linear's and B zero; ``"gaussian"``, A normal with
+            deviation 1 / r and B zero; ``"random"``, both as nn.Linear's, so that the converted
+            model differs from the base at once.
+        adapter_dtype: ``"float32"`` keeps the adapters wide beside a half-precision base (float64
+            beside float64); ``"base"`` gives them the base's dtype.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message begins with its name.
+
+    Reference:
+        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
+    """
+
+    r: int = 8
+    alpha: float = 8
+    dropout: float = 0.0
+    targets: str | Collection[str] = ALL_LINEAR
+    exclude: str | Collection[str] = ()
+    layers: int | Collection[int] | None = None
+    layers_pattern: str | Collection[str] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
+    use_rslora: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    lora_bias: bool = False
+    init: Literal["kaiming", "gaussian", "random"] = "kaiming"
+    adapter_dtype: Literal["float32", "base"] = "float32"
+
+    def __post_init__(self) -> None:
+        _expect_rank("r", self.r)
+        _expect_number("alpha", self.alpha)
+        _expect_number("dropout", self.dropout)
+        if not 0 <= self.dropout <= 1:
+            _reject("dropout", "a probability", self.dropout)
+        for name in ("targets", "exclude"):
+            self._freeze(name, _names(name, getattr(self, name)))
+        if not self.targets:
+            _reject("targets", "at least one name", self.targets)
+        self._freeze("layers", _layers(self.layers))
+        if self.layers_pattern is not None:
+            self._freeze("layers_pattern", _names("layers_pattern", self.layers_pattern))
+        if self.layers_pattern and self.layers is None:
+            _reject("layers", "one index or more beside layers_pattern", None)
+        for name in ("layers", "layers_pattern"):
+            if isinstance(self.targets, str) and getattr(self, name) is not None:
+                _reject(name, "no value where targets is a string", getattr(self, name))
+        for name, expect in (("rank_pattern", _expect_rank), ("alpha_pattern", _expect_number)):
+            self._freeze(name, _pattern(name, getattr(self, name), expect))
+        for name in ("use_rslora", "lora_bias"):
+            if not isinstance(getattr(self, name), bool):
+                _reject(name, "True or False", getattr(self, name), error=TypeError)
+        for name, known in (("bias", _BIASES), ("init", _INITS), ("adapter_dtype", _DTYPES)):
+            if getattr(self, name) not in known:
+                _reject(name, " or ".join(map(repr, known)), getattr(self, name))
+        if self.lora_bias and self.init == "gaussian":
+            _reject("init", "'kaiming' or 'random' beside lora_bias", self.init)
+
+    def _freeze(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def rank(self, name: str) -> int:
+        """The rank of the module of this name."""
+        return self.rank_pattern.get(_pattern_key(self.rank_pattern, name), self.r)
+
+    def scale(self, name: str) -> float:
+        """s of the module of this name."""
+        alpha = self.alpha_pattern.get(_pattern_key(self.alpha_pattern, name), self.alpha)
+        rank = self.rank(name)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON's types."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            name: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v
+            for name, v in values.items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LoRA:
+        """The config of what :meth:`to_dict` gave; unknown keys raise ValueError."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                _reject(str(name), f"one of {', '.join(known)}", "an unknown key")
+        return cls(**values)
+
+
+def _reject(name: str, what: str, got: object, *, error: type[Exception] = ValueError) -> NoReturn:
+    raise error(f"{name}: expected {what}, got {got!r}")
+
+
+def _expect_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        _reject(name, "a number", value, error=TypeError)
+    if not math.isfinite(value):
+        _reject(name, "a finite number", value)
+
+
+def _expect_rank(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        _reject(name, "an integer", value, error=TypeError)
+    if value < 1:
+        _reject(name, "a rank of at least 1", value)
+
+
+def _expect_regex(name: str, value: str) -> None:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(
+            f"{name}: expected a regular expression, got {value!r} ({error})"
+        ) from None
+
+
+def _names(name: str, value: object) -> str | tuple[str, ...]:
+    """A string as it is, a collection of strings as a tuple; sets sorted, to be reproducible."""
+    if isinstance(value, str):
+        _expect_regex(name, value)
+        return value
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        _reject(name, "a string or a list of strings", value, error=TypeError)
+    for item in value:
+        if not isinstance(item, str):
+            _reject(name, "a string or a list of strings", item, error=TypeError)
+    if name == "layers_pattern":
+        for item in value:
+            _expect_regex(name, item)
+    return tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
+
+
+def _layers(value: object) -> int | tuple[int, ...] | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    if not isinstance(value, (list, tuple, range)):
+        _reject("layers", "an integer or a list of integers", value, error=TypeError)
+    for item in value:
+        if isinstance(item, bool) or not isinstance(item, int):
+            _reject("layers", "an integer or a list of integers", item, error=TypeError)
+    return tuple(value)
+
+
+def _pattern(name: str, value: object, expect: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        _reject(name, "a mapping of names to numbers", value, error=TypeError)
+    for key, number in value.items():
+        if not isinstance(key, str):
+            _reject(name, "names as keys", key, error=TypeError)
+        _expect_regex(name, key)
+        expect(f"{name}[{key!r}]", number)
+    return dict(value)
+
+
+def _pattern_key(patterns: Mapping[str, Any], name: str) -> str:
+    """The first pattern that the end of the name matches; the name itself where none does."""
+    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), name)

@@ -1,0 +1,194 @@
+"""Converting a model in place to train adapters, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from pyfastft._report import Report, report
+from pyfastft._targets import Plan, plan
+from pyfastft.config import LoRA
+from pyfastft.nn.lora import LoRALinear
+
+__all__ = ["Report", "convert", "merge", "revert", "unmerge"]
+
+_RECORD = "_pyfastft_conversion"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a converted model remembers: its config, its layers, who trained before."""
+
+    config: LoRA
+    names: tuple[str, ...]
+    requires_grad: dict[str, bool]
+
+
+def convert(model: nn.Module, config: LoRA) -> Report:
+    """Put an adapter on every targeted linear layer, in place, and freeze the rest.
+
+    Each layer becomes a :class:`pyfastft.nn.LoRALinear` over its own parameters; a layer that
+    stands in several places is converted once and stays shared. Afterwards only the adapters
+    train, and the biases that ``config.bias`` names.
+
+    Args:
+        model: any module, not itself a linear layer.
+        config: which layers, and how.
+
+    Returns:
+        What was converted, and what was targeted and skipped, with the reasons.
+
+    Raises:
+        ValueError: nothing would be converted; a target matches nothing, with the nearest names;
+            or the model has adapters already, which :func:`revert` takes off.
+    """
+    if not isinstance(config, LoRA):
+        raise TypeError(f"convert: expected config of type LoRA, got {type(config).__name__}")
+    for name, _ in adapters(model):
+        raise ValueError(f"convert: the model has adapters already ({name}), revert it first")
+    return apply_plan(model, config, plan(model, config))
+
+
+def apply_plan(model: nn.Module, config: LoRA, planned: Plan) -> Report:
+    """Convert the planned modules. Nothing is changed before every new layer stands."""
+    layers: dict[nn.Module, LoRALinear] = {
+        module: LoRALinear(
+            module,
+            r=config.rank(name),
+            scale=config.scale(name),
+            dropout=config.dropout,
+            lora_bias=config.lora_bias,
+            init=config.init,
+            adapter_dtype=config.adapter_dtype,
+        )
+        for name, module in planned.modules.items()
+    }
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.requires_grad_(False)
+    _replace(model, layers)
+    for layer in layers.values():
+        for name in ("lora_a", "lora_b", "lora_bias"):
+            if (parameter := getattr(layer, name)) is not None:
+                parameter.requires_grad_(True)
+    for parameter in biases(model, config).values():
+        parameter.requires_grad_(True)
+    setattr(model, _RECORD, Conversion(config, tuple(planned.modules), flags))
+    return report("convert", model, planned.modules, planned.skipped)
+
+
+def revert(model: nn.Module) -> Report:
+    """Undo :func:`convert`: the original module objects, training or frozen as before.
+
+    Merged adapters are unmerged first, so the weights are the original ones bit for bit, but for
+    what ``config.bias`` let train. A wrapper around the converted model does as well.
+
+    Raises:
+        ValueError: the model was not converted.
+    """
+    inner, conversion = conversion_of(model, "revert")
+    layers: dict[nn.Module, nn.Module] = {layer: layer.restore() for _, layer in adapters(inner)}
+    names = [name for name, _ in adapters(inner)]
+    _replace(inner, layers)
+    for name, parameter in inner.named_parameters():
+        if name in conversion.requires_grad:
+            parameter.requires_grad_(conversion.requires_grad[name])
+    delattr(inner, _RECORD)
+    return report("revert", inner, names)
+
+
+def merge(model: nn.Module, *, safe: bool = False) -> Report:
+    """Add every adapter to its weight, so that inference costs what the base model costs.
+
+    Computed in float32 and rounded once. A copy of each original weight stays in CPU memory until
+    :func:`unmerge`. Adapters merged already are skipped.
+
+    Args:
+        safe: raise ValueError, and change nothing, where a merged weight is not finite.
+
+    Raises:
+        ValueError: the model has no adapters; or a weight is also another module's, which merging
+            would change too.
+    """
+    layers = _expect_adapters(model, "merge")
+    _expect_untied(model, layers)
+    merged: list[str] = []
+    try:
+        for name, layer in layers.items():
+            if not layer.merged:
+                layer.merge(safe=safe)
+                merged.append(name)
+    except ValueError as error:
+        for done in merged:
+            layers[done].unmerge()
+        raise ValueError(f"merge: {name}: {error}") from None
+    return report("merge", model, merged, {n: "merged already" for n in layers if n not in merged})
+
+
+def unmerge(model: nn.Module) -> Report:
+    """Undo :func:`merge`: the original weights, bit for bit.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    layers = _expect_adapters(model, "unmerge")
+    merged = [name for name, layer in layers.items() if layer.merged]
+    for layer in layers.values():
+        layer.unmerge()
+    return report("unmerge", model, merged, {n: "not merged" for n in layers if n not in merged})
+
+
+def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """The model's adapted layers by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            yield name, module
+
+
+def biases(model: nn.Module, config: LoRA) -> dict[str, nn.Parameter]:
+    """The biases of the base model that the config lets train, by name."""
+    if config.bias == "none":
+        return {}
+    if config.bias == "all":
+        return {n: p for n, p in model.named_parameters() if n == "bias" or n.endswith(".bias")}
+    layers = ((f"{name}.bias", layer.bias) for name, layer in adapters(model))
+    return {name: bias for name, bias in layers if bias is not None}
+
+
+def conversion_of(model: nn.Module, caller: str) -> tuple[nn.Module, Conversion]:
+    """The converted module inside the model, and its record."""
+    for module in model.modules():
+        if isinstance(record := module.__dict__.get(_RECORD), Conversion):
+            return module, record
+    raise ValueError(f"{caller}: expected a model that convert() changed")
+
+
+def _expect_adapters(model: nn.Module, caller: str) -> dict[str, LoRALinear]:
+    layers = dict(adapters(model))
+    if not layers:
+        raise ValueError(f"{caller}: expected a model with adapters, got none")
+    return layers
+
+
+def _expect_untied(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for owner, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((owner, module))
+    for name, layer in layers.items():
+        for parameter in (layer.weight, layer.bias if layer.lora_bias is not None else None):
+            others = [n for n, module in owners.get(id(parameter), []) if module is not layer]
+            if others:
+                raise ValueError(
+                    f"merge: {name} shares a parameter with {', '.join(others)}, "
+                    "which merging would change too"
+                )
+
+
+def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put new modules where the old ones stand, wherever that is."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in replacements:
+                parent._modules[name] = replacements[child]
