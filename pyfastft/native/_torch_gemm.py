@@ -1,0 +1,192 @@
+"""lora_linear as torch's GEMM with five low-rank stages around it: the engine on a GPU.
+
+The dense products are torch's own, written into the op's outputs; what torch would do in a dozen
+passes over the activations is left to the stages, which the CUDA and Triton backends implement.
+torch's settings (TF32, reduced-precision reductions) apply to the dense products only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from pyfastft._random import dropout_threshold
+
+
+class Stages(Protocol):
+    """What a backend supplies. Specified in ``csrc/include/fastft/api.h`` as ``ft_cuda_lora_*``.
+
+    No size is zero. x and grad are matrices with unit column stride and any row stride; everything
+    else is C-contiguous. t is float32, scaling one float32 on the device; rng is read where the
+    threshold, of 65536, is positive. Reductions have a fixed order.
+    """
+
+    def down(
+        self,
+        *,
+        xa: torch.Tensor,
+        x: torch.Tensor,
+        lora_a: torch.Tensor,
+        rng: torch.Tensor | None,
+        threshold: int,
+    ) -> None:
+        """xa = dropout(x) A^T."""
+
+    def up(
+        self, *, y: torch.Tensor, xa: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor
+    ) -> None:
+        """y += s xa B^T."""
+
+    def up_grad(
+        self,
+        *,
+        t: torch.Tensor,
+        dlora_b: torch.Tensor | None,
+        dscaling: torch.Tensor | None,
+        grad: torch.Tensor,
+        xa: torch.Tensor | None,
+        lora_b: torch.Tensor,
+        scaling: torch.Tensor,
+    ) -> None:
+        """t = grad B, dB = s grad^T xa, ds = sum(t * xa); None is not computed."""
+
+    def down_grad(
+        self,
+        *,
+        dlora_a: torch.Tensor,
+        t: torch.Tensor,
+        x: torch.Tensor,
+        scaling: torch.Tensor,
+        rng: torch.Tensor | None,
+        threshold: int,
+    ) -> None:
+        """dA = s t^T dropout(x)."""
+
+    def dx(
+        self,
+        *,
+        dx: torch.Tensor,
+        t: torch.Tensor,
+        lora_a: torch.Tensor,
+        scaling: torch.Tensor,
+        rng: torch.Tensor | None,
+        threshold: int,
+    ) -> None:
+        """dx += s dropout(t A)."""
+
+
+def _rows(tensor: torch.Tensor, columns: int) -> torch.Tensor:
+    """The tensor as a matrix with unit column stride; a copy only where strides demand one."""
+    matrix = tensor.reshape(math.prod(tensor.shape[:-1]), columns)
+    return matrix if matrix.stride(1) == 1 or columns == 1 else matrix.contiguous()
+
+
+def forward(
+    stages: Stages,
+    y: torch.Tensor,
+    xa: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: torch.Tensor,
+    p: float,
+    rng: torch.Tensor | None,
+) -> None:
+    """lora_linear: y = x W^T + b, then y += s xa B^T with xa = dropout(x) A^T."""
+    n, k = weight.shape
+    x = _rows(x, k)
+    m = x.shape[0]
+    y, xa = y.view(m, n), xa.view(m, lora_a.shape[0])
+    threshold = dropout_threshold(p) if rng is not None else 0
+
+    if bias is None:
+        torch.mm(x, weight.T, out=y)
+    else:
+        torch.addmm(bias, x, weight.T, out=y)
+    if m == 0:
+        return
+    if k == 0:
+        xa.zero_()
+        return
+    stages.down(
+        xa=xa,
+        x=x,
+        lora_a=lora_a.contiguous(),
+        rng=None if rng is None else rng.contiguous(),
+        threshold=threshold,
+    )
+    if n > 0:
+        stages.up(y=y, xa=xa, lora_b=lora_b.contiguous(), scaling=scaling)
+
+
+def backward(
+    stages: Stages,
+    dx: torch.Tensor,
+    dweight: torch.Tensor,
+    dlora_a: torch.Tensor,
+    dlora_b: torch.Tensor,
+    dbias: torch.Tensor,
+    dscaling: torch.Tensor,
+    grad: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    xa: torch.Tensor | None,
+    scaling: torch.Tensor,
+    p: float,
+    rng: torch.Tensor | None,
+    need: Sequence[bool],
+) -> None:
+    """lora_linear_backward; computes what ``need`` (x, W, A, B, b, s) asks for and no more."""
+    n, k = weight.shape
+    r = lora_a.shape[0]
+    need_x, need_weight, need_a, need_b, need_bias, need_scaling = need
+    grad = _rows(grad, n)
+    m = grad.shape[0]
+    if x is not None:
+        x = _rows(x, k)
+    threshold = dropout_threshold(p) if rng is not None else 0
+    rng = None if rng is None else rng.contiguous()
+
+    if need_x:
+        dx = dx.view(m, k)
+        torch.mm(grad, weight, out=dx)
+    if need_weight:
+        assert x is not None
+        torch.mm(grad.T, x, out=dweight)
+    if need_bias:
+        torch.sum(grad, dim=0, out=dbias)
+    if m == 0 or n == 0:
+        # Sums over nothing. dx already is what it has to be: the low-rank part adds nothing.
+        for needed, output in ((need_a, dlora_a), (need_b, dlora_b), (need_scaling, dscaling)):
+            if needed:
+                output.zero_()
+        return
+    if not (need_x or need_a or need_b or need_scaling):
+        return
+
+    t = grad.new_empty((m, r), dtype=torch.float32)
+    stages.up_grad(
+        t=t,
+        dlora_b=dlora_b if need_b else None,
+        dscaling=dscaling if need_scaling else None,
+        grad=grad,
+        xa=None if xa is None else xa.reshape(m, r).contiguous(),
+        lora_b=lora_b.contiguous(),
+        scaling=scaling,
+    )
+    if k == 0:
+        return
+    if need_a:
+        assert x is not None
+        stages.down_grad(dlora_a=dlora_a, t=t, x=x, scaling=scaling, rng=rng, threshold=threshold)
+    if need_x:
+        stages.dx(
+            dx=dx, t=t, lora_a=lora_a.contiguous(), scaling=scaling, rng=rng, threshold=threshold
+        )
