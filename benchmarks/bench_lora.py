@@ -6,6 +6,7 @@ weights: PyTorch's eager expression, torch.compile of it, and PEFT's layer.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -112,6 +113,12 @@ def _dropped_expression(
     return expression(x, F.dropout(x, p), weight, a, b)
 
 
+@functools.cache
+def _compiled() -> Callable[..., torch.Tensor]:
+    # One for all sets of operands: a second one would be compiled again.
+    return torch.compile(_dropped_expression, fullgraph=True, dynamic=False)
+
+
 def peft_layer(operands: Operands, p: float) -> Any:
     """PEFT's layer over nn.Linear with these very weights."""
     import peft
@@ -151,19 +158,19 @@ def prepare(case: Case, device: torch.device, peers: Collection[str]) -> Workloa
     if "pytorch" in peers:
         forwards["pytorch"] = lambda: _dropped_expression(x, weight, a, b, p)
     if "torch.compile" in peers:
-        compiled = torch.compile(_dropped_expression, fullgraph=True, dynamic=False)
+        compiled = _compiled()
         try:
             drawn.step(lambda: compiled(x, weight, a, b, p))
             forwards["torch.compile"] = lambda: compiled(x, weight, a, b, p)
         except Exception as error:  # whatever the compiler's toolchain raises
-            absent["torch.compile"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            absent["torch.compile"] = f"cannot be used: {_brief(error)}"
     layer = None
     if "peft" in peers:
         try:
             layer = peft_layer(drawn, p)
             forwards["peft"] = lambda: layer(x)
-        except ImportError as error:
-            absent["peft"] = f"cannot be imported: {error}"
+        except Exception as error:  # a package that PEFT imports may raise anything
+            absent["peft"] = f"cannot be used: {_brief(error)}"
 
     flops, size = _cost(case)
     rng = torch.tensor([1, 2], device=device)
@@ -175,6 +182,10 @@ def prepare(case: Case, device: torch.device, peers: Collection[str]) -> Workloa
         flops=flops,
         bytes=size,
     )
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def gate(operands: Operands, p: float, layer: torch.nn.Module | None = None) -> None:

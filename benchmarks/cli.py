@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from pyfastft.benchmarks.measure import DTYPES, FAMILIES, PEERS, Case, Row, fami
 
 _QUICK_BUDGET_S = 2.0
 _BUDGET_S = 15.0
+_BUSY_SHARE = 0.5  # of the cores, in runnable processes: then somebody else is working
 _DEFAULT_RANK, _DEFAULT_P = 16, 0.0
 _Item = TypeVar("_Item")
 
@@ -71,6 +73,12 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("bench: --update writes JSON files; it prints none")
     if args.update and not (machine.CHECKOUT / ".git").exists():
         raise UsageError("bench: --update writes into a git checkout, and this is none")
+    load, cores = machine.load_average(), os.cpu_count() or 1
+    if load is not None and load > _BUSY_SHARE * cores:
+        print(
+            f"bench: this machine is busy (load {load} on {cores} cores): figures will be off",
+            file=sys.stderr,
+        )
     if args.bars and not args.update:
         return _bars(args, device)
     return _speed(args, device)

@@ -145,7 +145,8 @@ def measure(
     Returns:
         The figures; where the gate fails, a row with ``match`` False, the reason and no figure.
     """
-    torch._dynamo.reset()
+    if "torch.compile" in peers:
+        torch._dynamo.reset()
     torch.manual_seed(0)
     first = module.prepare(case, device, peers)
     row = Row(module.OP, case, first.backend, match=False, absent=first.absent)

@@ -3,8 +3,8 @@
     python -m pyfastft.benchmarks.report --readme README.md [--check]
 
 fills the text between ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->`` from the committed
-results: NAME is ``bench-<family>`` or ``bars``. With ``--check`` nothing is written, and the exit
-status is 1 where the text is not what the results say.
+results: NAME is a family, ``bars`` or ``headline``. With ``--check`` nothing is written, and the
+exit status is 1 where the text is not what the results say.
 
 The results are ``results/<machine>/<family>.json``: machine, provenance and one row per case, as
 :class:`pyfastft.benchmarks.measure.Row` has it; beside it a plot. ``results/<machine>/bars.json``
@@ -24,7 +24,7 @@ from typing import Any
 
 from pyfastft.benchmarks import bars
 from pyfastft.benchmarks.machine import CHECKOUT
-from pyfastft.benchmarks.measure import FAMILIES, OURS, PEERS, Row
+from pyfastft.benchmarks.measure import FAMILIES, OURS, PEERS, Row, family
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _BLOCK = re.compile(r"(<!-- begin: (?P<name>[\w-]+) -->\n).*?(<!-- end: (?P=name) -->)", re.DOTALL)
@@ -156,17 +156,17 @@ def _label(row: Row) -> str:
 def blocks(results: Path = RESULTS) -> dict[str, str]:
     """The generated texts of the README by their names."""
     texts = {}
-    for family in FAMILIES:
+    for name in FAMILIES:
         parts = []
-        for path in sorted(results.glob(f"*/{family}.json")):
+        for path in sorted(results.glob(f"*/{name}.json")):
             record = json.loads(path.read_text())
             rows = [Row.from_dict(row) for row in record["rows"]]
             parts.append(f"{source(record)}\n\n{markdown_table(speed_cells(rows))}")
             picture = path.with_suffix(".png")
             if picture.is_file():
                 where = f"benchmarks/results/{path.parent.name}/{picture.name}"
-                parts.append(f"![{family}, speed beside its peers]({where})")
-        texts[f"bench-{family}"] = "\n\n".join(parts) or "not measured"
+                parts.append(f"![{name}, speed beside its peers]({where})")
+        texts[name] = "\n\n".join(parts) or "not measured"
     parts = []
     for path in sorted(results.glob("*/bars.json")):
         figures = json.loads(path.read_text())["figures"]
@@ -175,7 +175,28 @@ def blocks(results: Path = RESULTS) -> dict[str, str]:
         table = markdown_table(bars.cells(measured))
         parts.append(f"On `{path.parent.name}`:\n\n{table}")
     texts["bars"] = "\n\n".join(parts) or "not measured"
+    texts["headline"] = _headline(results)
     return texts
+
+
+def _headline(results: Path) -> str:
+    """What the project does for a LoRA layer, one sentence per machine."""
+    sentences = []
+    for path in sorted(results.glob("*/lora.json")):
+        record = json.loads(path.read_text())
+        for row in map(Row.from_dict, record["rows"]):
+            if row.case != family("lora").QUICK or not row.speedup:
+                continue
+            over = " and ".join(
+                f"{row.speedup[peer][0]:.2f} times as fast as {title}"
+                for peer, title in (("peft", "PEFT's layer"), ("pytorch", "PyTorch's expression"))
+                if peer in row.speedup
+            )
+            sentences.append(
+                f"A LoRA layer's forward and backward at ({row.case}) takes "
+                f"{row.median_ms[OURS]:.3g} ms on `{path.parent.name}`: {over}."
+            )
+    return "\n".join(sentences) or "not measured"
 
 
 def fill(text: str, texts: Mapping[str, str]) -> str:
