@@ -4,6 +4,7 @@ from pyfastft import autograd, functional, nn
 from pyfastft._op import Explanation, backend, explain
 from pyfastft.config import LoRA
 from pyfastft.conversion import Report, convert, merge, revert, unmerge
+from pyfastft.formats.peft import load_adapter, save_adapter
 from pyfastft.functional import lora_linear
 
 __version__ = "0.1.0"
@@ -17,9 +18,11 @@ __all__ = [
     "convert",
     "explain",
     "functional",
+    "load_adapter",
     "lora_linear",
     "merge",
     "nn",
     "revert",
+    "save_adapter",
     "unmerge",
 ]

@@ -24,15 +24,19 @@ class Plan:
     skipped: dict[str, str]
 
 
-def plan(model: nn.Module, config: LoRA) -> Plan:
+def plan(model: nn.Module, config: LoRA, *, strict: bool = True) -> Plan:
     """What a conversion of the model would do.
+
+    Args:
+        strict: let every single target match a module, not just one of them.
 
     Raises:
         ValueError: nothing would be converted, or a target names nothing; suggests near names.
     """
     named = {name: _without_adapter(module) for name, module in model.named_modules() if name}
     targets, skipped = _resolve(model, named, config.targets)
-    _expect_each_to_match(config.targets, named)
+    if strict:
+        _expect_each_to_match(config.targets, named)
     parents = {name: named.get(name.rpartition(".")[0], model) for name in named}
     modules = {}
     for name, module in named.items():

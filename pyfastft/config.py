@@ -15,6 +15,7 @@ ALL_LINEAR = "all-linear"
 
 _INITS = ("kaiming", "gaussian", "random")
 _BIASES = ("none", "all", "lora_only")
+_FLOAT32_MAX = 3.4028234663852886e38
 _DTYPES = ("float32", "base")
 
 
@@ -135,8 +136,8 @@ def _reject(name: str, what: str, got: object, *, error: type[Exception] = Value
 def _expect_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         _reject(name, "a number", value, error=TypeError)
-    if not math.isfinite(value):
-        _reject(name, "a finite number", value)
+    if not abs(value) <= _FLOAT32_MAX:
+        _reject(name, "a finite number of float32's range", value)
 
 
 def _expect_rank(name: str, value: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -19,10 +20,9 @@ _RECORD = "_pyfastft_conversion"
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a converted model remembers: its config, its layers, who trained before."""
+    """What a converted model remembers: its config, and what trained before."""
 
     config: LoRA
-    names: tuple[str, ...]
     requires_grad: dict[str, bool]
 
 
@@ -46,15 +46,17 @@ def convert(model: nn.Module, config: LoRA) -> Report:
     """
     if not isinstance(config, LoRA):
         raise TypeError(f"convert: expected config of type LoRA, got {type(config).__name__}")
-    for name, _ in adapters(model):
-        raise ValueError(f"convert: the model has adapters already ({name}), revert it first")
-    return apply_plan(model, config, plan(model, config))
+    expect_no_adapters(model, "convert")
+    planned = plan(model, config)
+    layers = build(config, planned)
+    install(model, config, layers)
+    return report("convert", model, layers, planned.skipped)
 
 
-def apply_plan(model: nn.Module, config: LoRA, planned: Plan) -> Report:
-    """Convert the planned modules. Nothing is changed before every new layer stands."""
-    layers: dict[nn.Module, LoRALinear] = {
-        module: LoRALinear(
+def build(config: LoRA, planned: Plan) -> dict[str, LoRALinear]:
+    """The new layers by name; the model is as before."""
+    return {
+        name: LoRALinear(
             module,
             r=config.rank(name),
             scale=config.scale(name),
@@ -65,17 +67,20 @@ def apply_plan(model: nn.Module, config: LoRA, planned: Plan) -> Report:
         )
         for name, module in planned.modules.items()
     }
+
+
+def install(model: nn.Module, config: LoRA, layers: Mapping[str, LoRALinear]) -> None:
+    """Put the layers of :func:`build` into the model, freeze the rest, and remember."""
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(False)
-    _replace(model, layers)
+    _replace(model, {layer.base: layer for layer in layers.values()})
     for layer in layers.values():
-        for name in ("lora_a", "lora_b", "lora_bias"):
-            if (parameter := getattr(layer, name)) is not None:
+        for parameter in (layer.lora_a, layer.lora_b, layer.lora_bias):
+            if parameter is not None:
                 parameter.requires_grad_(True)
-    for parameter in biases(model, config).values():
+    for parameter in biases(model, config, layers).values():
         parameter.requires_grad_(True)
-    setattr(model, _RECORD, Conversion(config, tuple(planned.modules), flags))
-    return report("convert", model, planned.modules, planned.skipped)
+    setattr(model, _RECORD, Conversion(config, flags))
 
 
 def revert(model: nn.Module) -> Report:
@@ -146,14 +151,15 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
             yield name, module
 
 
-def biases(model: nn.Module, config: LoRA) -> dict[str, nn.Parameter]:
+def biases(
+    model: nn.Module, config: LoRA, layers: Mapping[str, LoRALinear]
+) -> dict[str, nn.Parameter]:
     """The biases of the base model that the config lets train, by name."""
     if config.bias == "none":
         return {}
     if config.bias == "all":
         return {n: p for n, p in model.named_parameters() if n == "bias" or n.endswith(".bias")}
-    layers = ((f"{name}.bias", layer.bias) for name, layer in adapters(model))
-    return {name: bias for name, bias in layers if bias is not None}
+    return {f"{n}.bias": layer.bias for n, layer in layers.items() if layer.bias is not None}
 
 
 def conversion_of(model: nn.Module, caller: str) -> tuple[nn.Module, Conversion]:
@@ -162,6 +168,23 @@ def conversion_of(model: nn.Module, caller: str) -> tuple[nn.Module, Conversion]
         if isinstance(record := module.__dict__.get(_RECORD), Conversion):
             return module, record
     raise ValueError(f"{caller}: expected a model that convert() changed")
+
+
+def expect_no_adapters(model: nn.Module, caller: str) -> None:
+    """ValueError where a module has an adapter already."""
+    for name, _ in adapters(model):
+        raise ValueError(f"{caller}: the model has adapters already ({name}), revert it first")
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether :func:`conversion_of` finds one."""
+    return any(_RECORD in module.__dict__ for module in model.modules())
+
+
+def remember(model: nn.Module, config: LoRA) -> None:
+    """Give a converted module another config to remember."""
+    record = model.__dict__[_RECORD]
+    setattr(model, _RECORD, dataclasses.replace(record, config=config))
 
 
 def _expect_adapters(model: nn.Module, caller: str) -> dict[str, LoRALinear]:

@@ -1,0 +1,383 @@
+"""Adapters as PEFT's files: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+The tensors are named ``base_model.model.<module>.lora_A.weight`` (R, K), ``.lora_B.weight`` (N, R)
+and, where B has a bias, ``.lora_B.bias`` (N,); a bias of the base that trains is named
+``<module>.base_layer.bias`` where the module has an adapter, and by its own name elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyfastft._check import FLOATS, name_of
+from pyfastft._report import Report, report
+from pyfastft._targets import plan, selects_exactly
+from pyfastft.config import LoRA
+from pyfastft.conversion import (
+    adapters,
+    biases,
+    build,
+    conversion_of,
+    expect_no_adapters,
+    install,
+    is_converted,
+    remember,
+)
+from pyfastft.nn.lora import LoRALinear
+
+__all__ = ["config_from_peft", "load_adapter", "save_adapter"]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+# PEFT's keys that have a field of ours.
+_FIELDS = {
+    "r": "r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "exclude_modules": "exclude",
+    "layers_to_transform": "layers",
+    "layers_pattern": "layers_pattern",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "use_rslora": "use_rslora",
+    "bias": "bias",
+    "lora_bias": "lora_bias",
+}
+# Those that do not change what a loaded adapter computes. fan_in_fan_out follows from the layer.
+_INERT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "eva_config",
+    "fan_in_fan_out",
+    "inference_mode",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+# Initialisations that leave the base's weights alone; the others would have to be done over.
+_INITS: dict[Any, str] = {
+    True: "kaiming",
+    False: "random",
+    "gaussian": "gaussian",
+    "eva": "kaiming",
+    "orthogonal": "kaiming",
+}
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write a converted model's adapters so that PEFT and :func:`load_adapter` read them.
+
+    A new folder appears whole or not at all. In one that exists both files are written beside the
+    old ones before they take their places.
+
+    Args:
+        model: a model that :func:`pyfastft.convert` changed, or a wrapper around one.
+        folder: where to; made where missing.
+
+    Raises:
+        ValueError: the model was not converted, or its trained biases hold merged adapters.
+        NotADirectoryError: the folder is a file.
+    """
+    from safetensors.torch import save
+
+    inner, conversion = conversion_of(model, "save_adapter")
+    layers = dict(adapters(inner))
+    if conversion.config.bias != "none" and any(layer.merged for layer in layers.values()):
+        raise ValueError("save_adapter: adapters are merged, unmerge first to save the biases")
+    tensors = {
+        key: parameter.detach().to("cpu", copy=True).contiguous()
+        for key, parameter in _parameters(inner, conversion.config, layers).items()
+    }
+    config = _config_to_peft(inner, conversion.config, layers)
+    _write(
+        Path(folder),
+        {
+            WEIGHTS_FILE: save(tensors, metadata={"format": "pt"}),
+            CONFIG_FILE: json.dumps(config, indent=2).encode(),
+        },
+    )
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
+    """Put an adapter that PEFT or :func:`save_adapter` wrote on a model, and let it train.
+
+    Everything is checked before anything is changed. A model that was converted already keeps its
+    layers, if they are those of the file, and its dropout; it takes the file's values and scales.
+
+    Args:
+        model: the base model, or one converted to the same layers and ranks.
+        folder: what holds ``adapter_config.json`` and ``adapter_model.safetensors``. Nothing
+            else is opened, and nothing downloaded.
+
+    Returns:
+        What was converted and loaded.
+
+    Raises:
+        FileNotFoundError: one of the files is missing.
+        ValueError: the config asks for something that would compute otherwise here, by its key;
+            a tensor is missing, left over, of the wrong shape or dtype, or not finite; a file is
+            damaged; the model has other adapters, or merged ones.
+    """
+    folder = Path(folder)
+    with _naming(folder / CONFIG_FILE):
+        config = config_from_peft(_read_json(folder / CONFIG_FILE))
+    tensors = _read_tensors(folder / WEIGHTS_FILE)
+    inner, skipped = model, dict[str, str]()
+    if is_converted(model):
+        inner, conversion = conversion_of(model, "load_adapter")
+        layers = dict(adapters(inner))
+        _expect_same_layers(inner, config, layers, conversion.config)
+        kept = ("dropout", "init", "adapter_dtype")
+        config = dataclasses.replace(
+            config, **{name: getattr(conversion.config, name) for name in kept}
+        )
+    else:
+        expect_no_adapters(model, "load_adapter")
+        planned = plan(model, config, strict=False)
+        with _naming(folder / WEIGHTS_FILE):
+            _expect_ranks(tensors, config, planned.modules)
+        layers, skipped = build(config, planned), planned.skipped
+    parameters = _parameters(inner, config, layers)
+    with _naming(folder / WEIGHTS_FILE):
+        _expect_to_fit(tensors, parameters)
+
+    if not is_converted(model):
+        install(model, config, layers)
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(tensors[key])
+    for name, layer in layers.items():
+        layer.scale = config.scale(name)
+    remember(inner, config)
+    return report("load_adapter", inner, layers, skipped)
+
+
+def config_from_peft(values: Mapping[str, Any]) -> LoRA:
+    """The config of what ``adapter_config.json`` holds.
+
+    Raises:
+        ValueError, TypeError: a key would change what is computed and is not supported, or its
+            value does not fit; the message names the key.
+    """
+    if values.get("peft_type", "LORA") != "LORA":
+        raise ValueError(f"peft_type: expected 'LORA', got {values['peft_type']!r}")
+    if values.get("target_modules") is None:
+        raise ValueError("target_modules: expected names or a regular expression, got none")
+    fields: dict[str, Any] = {}
+    for key, value in values.items():
+        # PEFT takes an empty list of layers for all layers.
+        empty = value is None or value is False or value in ("", [], {})
+        if key in _FIELDS and not empty:
+            fields[_FIELDS[key]] = value
+        elif key == "init_lora_weights" and value is not None:
+            if not isinstance(value, (bool, str)) or value not in _INITS:
+                raise ValueError(
+                    f"init_lora_weights: expected one that leaves the base model's weights "
+                    f"alone ({', '.join(map(repr, _INITS))}), got {value!r}"
+                )
+            fields["init"] = _INITS[value]
+        elif key not in _FIELDS and key not in _INERT and not empty:
+            raise ValueError(f"{key}: expected no value, it is not supported, got {value!r}")
+    if fields.get("lora_bias") and fields.get("init") == "gaussian":
+        fields["init"] = "kaiming"  # The tensors come from the file.
+    try:
+        return LoRA(**fields)
+    except (TypeError, ValueError) as error:
+        ours, _, rest = str(error).partition(":")
+        key = next((k for k, name in _FIELDS.items() if name == ours), ours)
+        raise type(error)(f"{key}:{rest}") from None
+
+
+def _config_to_peft(
+    model: nn.Module, config: LoRA, layers: Mapping[str, LoRALinear]
+) -> dict[str, Any]:
+    """The config as PEFT's keys, so that PEFT's rules find exactly these layers and scales."""
+    ours = config.to_dict()
+    if not selects_exactly(config, model, layers):
+        ours |= {"targets": _targets_of(model, layers), "exclude": [], "layers": None}
+        ours["layers_pattern"] = None
+    if any(layer.scale != config.scale(name) for name, layer in layers.items()):
+        # A layer's scale was set. PEFT takes the first pattern that matches a name's end: every
+        # layer gets one, the longest name first.
+        ours["alpha_pattern"] = {
+            re.escape(name): layers[name].scale
+            * (math.sqrt(layers[name].r) if config.use_rslora else layers[name].r)
+            for name in sorted(layers, key=len, reverse=True)
+        }
+    inits: dict[str, Any] = {"kaiming": True, "random": False, "gaussian": "gaussian"}
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": model.__dict__.get("name_or_path") or None,
+        "inference_mode": True,
+        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
+        "init_lora_weights": inits[config.init],
+        **{key: ours[name] for key, name in _FIELDS.items()},
+        "exclude_modules": ours["exclude"] or None,
+    }
+
+
+def _targets_of(model: nn.Module, names: Collection[str]) -> str | list[str]:
+    """The names; as one regular expression where another module's name ends like one of them."""
+    listed = LoRA(targets=tuple(names))
+    if selects_exactly(listed, model, names):
+        return list(names)
+    return "|".join(re.escape(name) for name in names)
+
+
+def _parameters(
+    model: nn.Module, config: LoRA, layers: Mapping[str, LoRALinear]
+) -> dict[str, nn.Parameter]:
+    """What the file holds, by its names there."""
+    parameters: dict[str, nn.Parameter] = {}
+    for name, layer in layers.items():
+        parameters[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_a
+        parameters[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_b
+        if layer.lora_bias is not None:
+            parameters[f"{_PREFIX}{name}.lora_B.bias"] = layer.lora_bias
+    for name, bias in biases(model, config, layers).items():
+        owner = name.rpartition(".")[0]
+        inside = f"{owner}.base_layer.bias" if owner in layers else name
+        parameters[_PREFIX + inside] = bias
+    return parameters
+
+
+def _expect_same_layers(
+    model: nn.Module, config: LoRA, layers: Mapping[str, LoRALinear], current: LoRA
+) -> None:
+    wanted = plan(model, config, strict=False).modules
+    if differing := sorted(wanted.keys() ^ layers.keys()):
+        raise ValueError(
+            f"load_adapter: expected an adapter of the model's {len(layers)} layers, "
+            f"got one that differs in {_some(differing)}"
+        )
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"load_adapter: {name} is merged, unmerge first")
+        if layer.r != config.rank(name):
+            raise ValueError(
+                f"load_adapter: expected rank {layer.r} of {name}, got {config.rank(name)}"
+            )
+    for option in ("bias", "lora_bias"):
+        if getattr(config, option) != getattr(current, option):
+            raise ValueError(
+                f"load_adapter: expected {option} of {getattr(current, option)!r} as the model "
+                f"was converted, got {getattr(config, option)!r}"
+            )
+
+
+def _expect_ranks(
+    tensors: Mapping[str, torch.Tensor], config: LoRA, names: Collection[str]
+) -> None:
+    """A rank that no tensor has is refused before anything of its size is allocated."""
+    for name in names:
+        key = f"{_PREFIX}{name}.lora_A.weight"
+        if key not in tensors:
+            raise ValueError(f"expected a tensor for every layer, none for {key}")
+        if tensors[key].shape[:1] != (config.rank(name),):
+            raise ValueError(
+                f"expected {key} of rank {config.rank(name)}, got {tuple(tensors[key].shape)}"
+            )
+
+
+def _expect_to_fit(
+    tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, nn.Parameter]
+) -> None:
+    if missing := sorted(parameters.keys() - tensors.keys()):
+        raise ValueError(f"expected a tensor for every layer, none for {_some(missing)}")
+    if left_over := sorted(tensors.keys() - parameters.keys()):
+        raise ValueError(f"expected tensors of the adapted layers only, got {_some(left_over)}")
+    for key, parameter in parameters.items():
+        tensor = tensors[key]
+        if tensor.shape != parameter.shape:
+            raise ValueError(
+                f"expected {key} of shape {tuple(parameter.shape)}, got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"expected {key} of a float dtype, got {name_of(tensor.dtype)}")
+        if not torch.isfinite(tensor.to(parameter.dtype)).all():
+            raise ValueError(f"expected {key} of finite {name_of(parameter.dtype)} values")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors about a file's content name the file, and are ValueErrors."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("expected a JSON object, got one nested too deeply") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return load_file(path)
+    # A dtype that torch lacks is a KeyError there.
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: expected a safetensors file, got a damaged one ({error})") from (
+            error
+        )
+
+
+def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write the files whole, under a temporary name first."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: expected a folder, got a file")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+    staging.mkdir()
+    try:
+        for name, content in contents.items():
+            with open(staging / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        if not folder.exists():
+            staging.rename(folder)
+            return
+        # Between the two an adapter without its config would be no adapter, never a wrong one.
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
+        for name in contents:
+            os.replace(staging / name, folder / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
