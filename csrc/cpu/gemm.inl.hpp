@@ -51,6 +51,8 @@ constexpr int64_t kDepthItems = 384;
 constexpr int64_t kShortDepthItems = 64;
 constexpr int kBlockRows = kTileRows * (224 / kTileRows);
 constexpr int kBlockColumns = 256;
+// How far ahead packing asks for memory: the hardware does not foresee so many streams at once.
+constexpr int64_t kPrefetchBytes = 512;
 // Packed operands larger than this are made in parts.
 constexpr int64_t kPanelBytes = int64_t(16) << 20;
 // Fewer multiply-adds than this are not worth waking a thread for.
@@ -75,7 +77,7 @@ FT_INLINE Vec select_items(Vec v, uint32_t bits) {
 }
 
 // Lines whose values are neighbours in memory: transposed in registers.
-template <class T, bool kPairs>
+template <class T, bool kPairs, bool kMasked>
 void pack_lines(const Operand& a, int64_t line, int lines, int64_t begin, int64_t end,
                 float* strip) {
   constexpr int kPerItem = kPairs ? 2 : 1, kStep = kLanes * kPerItem;
@@ -83,16 +85,22 @@ void pack_lines(const Operand& a, int64_t line, int lines, int64_t begin, int64_
   for (int64_t p = begin; p < end; p += kStep) {
     const int n = int(lesser(kStep, end - p));
     Vec items[kLanes];
-    for (int i = 0; i < kLanes; ++i) items[i] = zero();
-    for (int i = 0; i < lines; ++i) {
-      items[i] = load_items<kPairs>(data + i * a.line_stride + p, n);
-      if (a.mask)
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      items[i] = zero();
+      if (i >= lines) continue;
+      const T* from = data + i * a.line_stride + p;
+      __builtin_prefetch(from + kPrefetchBytes / sizeof(T));
+      items[i] = load_items<kPairs>(from, n);
+      if (kMasked)
         items[i] =
             select_items<kPairs>(items[i], keep_bits(a.mask, (line + i) * a.mask_line_stride + p));
     }
     transpose(items);
     const int used = (n + kPerItem - 1) / kPerItem;
-    for (int i = 0; i < used; ++i) store(strip + i * kLanes, items[i]);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      if (i < used) store(strip + i * kLanes, items[i]);
     strip += used * kLanes;
   }
 }
@@ -133,14 +141,15 @@ void pack_gathered(const Operand& a, int64_t line, int lines, int64_t begin, int
         gathered[i * kRun + q] = kept ? *from : T{};
       }
     const Operand run{gathered, kRun, 1, nullptr, nullptr, 0, 0};
-    pack_lines<T, kPairs>(run, 0, lines, 0, n, strip);
+    pack_lines<T, kPairs, false>(run, 0, lines, 0, n, strip);
     strip += (n + kPerItem - 1) / kPerItem * kLanes;
   }
 }
 
 template <class T, bool kPairs>
 auto dense_packer(const Operand& a) {
-  if (a.depth_stride == 1 && (!a.mask || a.mask_depth_stride == 1)) return pack_lines<T, kPairs>;
+  if (a.depth_stride == 1 && !a.mask) return pack_lines<T, kPairs, false>;
+  if (a.depth_stride == 1 && a.mask_depth_stride == 1) return pack_lines<T, kPairs, true>;
   if (a.line_stride == 1 && (!a.mask || a.mask_line_stride == 1)) return pack_across<T, kPairs>;
   return pack_gathered<T, kPairs>;
 }
