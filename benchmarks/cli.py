@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,7 +23,6 @@ from pyfastft.benchmarks.measure import DTYPES, FAMILIES, PEERS, Case, Row, fami
 
 _QUICK_BUDGET_S = 2.0
 _BUDGET_S = 15.0
-_BUSY_SHARE = 0.5  # of the cores, in runnable processes: then somebody else is working
 _DEFAULT_RANK, _DEFAULT_P = 16, 0.0
 _Item = TypeVar("_Item")
 
@@ -36,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape", type=_shape, metavar="M,K,N", help="your own shape: tokens, in, out"
     )
-    parser.add_argument("--rank", type=int, metavar="R", help=f"with --shape {_DEFAULT_RANK}")
+    parser.add_argument("--rank", type=int, metavar="R", help=f"rank; with --shape {_DEFAULT_RANK}")
     parser.add_argument("--p", type=float, metavar="P", help="dropout; with --shape 0")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="only this dtype")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
@@ -66,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"bench: --rank: expected at least 1, got {args.rank}")
     if args.p is not None and not 0 <= args.p <= 1:
         raise UsageError(f"bench: --p: expected a probability, got {args.p}")
+    if args.family == bars.HOUSE and not args.bars:
+        raise UsageError(f"bench: --family {bars.HOUSE}: has bars only, so with --bars")
     narrowed = [args.quick, args.shape, args.rank, args.p, args.dtype, args.family]
     if args.update and (any(option is not None and option is not False for option in narrowed)):
         raise UsageError("bench: --update measures everything; it takes no case and no family")
@@ -73,15 +73,12 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("bench: --update writes JSON files; it prints none")
     if args.update and not (machine.CHECKOUT / ".git").exists():
         raise UsageError("bench: --update writes into a git checkout, and this is none")
-    load, cores = machine.load_average(), os.cpu_count() or 1
-    if load is not None and load > _BUSY_SHARE * cores:
-        print(
-            f"bench: this machine is busy (load {load} on {cores} cores): figures will be off",
-            file=sys.stderr,
-        )
+    load = machine.load_average()
+    if machine.is_busy(load):
+        print(f"bench: busy machine, load average {load}: figures will be off", file=sys.stderr)
     if args.bars and not args.update:
         return _bars(args, device)
-    return _speed(args, device)
+    return _speed(args, device, load)
 
 
 def _shape(text: str) -> tuple[int, int, int]:
@@ -111,7 +108,7 @@ def cases(module: ModuleType, args: argparse.Namespace, device: torch.device) ->
     return [dataclasses.replace(case, **changes) for case in chosen]
 
 
-def _speed(args: argparse.Namespace, device: torch.device) -> int:
+def _speed(args: argparse.Namespace, device: torch.device, load: float | None) -> int:
     peers = tuple(peer for peer in PEERS if not (args.quick and peer == "torch.compile"))
     budget_s = _QUICK_BUDGET_S if args.quick else _BUDGET_S
     families = [name for name in FAMILIES if args.family in (None, name)]
@@ -124,7 +121,7 @@ def _speed(args: argparse.Namespace, device: torch.device) -> int:
             for case in _progress(chosen, name)
         ]
         rows_of[name] = rows
-        records[name] = _record(device, rows)
+        records[name] = _record(device, rows, load)
         folder = report.RESULTS if args.update else args.output
         if folder is not None:
             target = folder / machine.slug(device) / f"{name}.json"
@@ -142,11 +139,12 @@ def _speed(args: argparse.Namespace, device: torch.device) -> int:
     return 0 if accurate else 1
 
 
-def _record(device: torch.device, rows: Sequence[Row]) -> dict[str, Any]:
+def _record(device: torch.device, rows: Sequence[Row], load: float | None) -> dict[str, Any]:
     return {
         "machine": machine.describe(device),
         "provenance": machine.provenance(),
-        "load_average": machine.load_average(),
+        "busy_at_start": machine.is_busy(load),
+        "load_average_at_start": load,
         "rows": [row.to_dict() for row in rows],
     }
 

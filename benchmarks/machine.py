@@ -16,6 +16,7 @@ import torch
 import pyfastft
 from pyfastft import _native
 
+_BUSY_SHARE = 0.5  # of the cores, in runnable processes
 PACKAGES = ("torch", "triton", "peft", "transformers", "numpy")
 # The folder above an editable install's benchmarks; elsewhere no checkout.
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -75,6 +76,11 @@ def revision() -> dict[str, Any]:
 def load_average() -> float | None:
     """How busy the machine is: runnable processes, averaged over a minute."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def is_busy(load: float | None) -> bool:
+    """Whether that load says that somebody else is working: figures taken then are off."""
+    return load is not None and load > _BUSY_SHARE * (os.cpu_count() or 1)
 
 
 def _git(*arguments: str) -> str | None:

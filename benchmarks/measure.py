@@ -162,7 +162,7 @@ def measure(
         sets.append(module.prepare(case, device, peers))
     candidates = {name: Candidate([one.steps[name] for one in sets]) for name in first.steps}
     arithmetic = probe.arithmetic(DTYPES[case.dtype], device)
-    reading = probe.reading(first.bytes, device)
+    reading = probe.reading(first.bytes * len(sets), device)
     probes = {"arithmetic": arithmetic.candidate, "reading": reading.candidate}
     times = interleave(
         {**probes, **candidates},

@@ -28,6 +28,7 @@ from pyfastft.benchmarks.measure import FAMILIES, OURS, PEERS, Row, family
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _BLOCK = re.compile(r"(<!-- begin: (?P<name>[\w-]+) -->\n).*?(<!-- end: (?P=name) -->)", re.DOTALL)
+_COLOURS = {OURS: "#1b6ca8", "torch.compile": "#b4b9c0", "peft": "#e0a458"}
 _BEGIN = re.compile(r"<!-- begin: ([\w-]+) -->")
 
 
@@ -35,7 +36,9 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Write a result whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    # Lists of numbers on one line each: the file is read by people too.
+    text = re.sub(r"\[[^][{}]*\]", lambda m: " ".join(m[0].split()), json.dumps(record, indent=1))
+    unfinished.write_text(text + "\n")
     os.replace(unfinished, path)
 
 
@@ -94,7 +97,8 @@ def source(record: Mapping[str, Any]) -> str:
     revision = provenance["git_sha"] or "no revision"
     if provenance["dirty"]:
         revision += " with changes"
-    return f"{hardware}; {software}; {revision}, {provenance['date']}"
+    busy = "; measured on a busy machine" if record["busy_at_start"] else ""
+    return f"{hardware}; {software}; {revision}, {provenance['date']}{busy}"
 
 
 def left_out(rows: Sequence[Row]) -> list[str]:
@@ -103,7 +107,7 @@ def left_out(rows: Sequence[Row]) -> list[str]:
 
 
 def plot(record: Mapping[str, Any], path: Path) -> bool:
-    """Draw every provider's speed against PyTorch's; False where matplotlib is not installed."""
+    """Draw speeds against PyTorch's; False where nothing can be drawn, or matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -111,36 +115,36 @@ def plot(record: Mapping[str, Any], path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [row for row in map(Row.from_dict, record["rows"]) if "pytorch" in row.median_ms]
+    rows = [row for row in map(Row.from_dict, record["rows"]) if "pytorch" in row.speedup]
     if not rows:
         return False
-    providers = [OURS, *(peer for peer in PEERS if any(peer in row.median_ms for row in rows))]
-    colours = {
-        OURS: "#1b6ca8",
-        "pytorch": "#9aa0a6",
-        "torch.compile": "#c9ccd1",
-        "peft": "#e0a458",
-    }
+    providers = [name for name in _COLOURS if any(name in row.median_ms for row in rows)]
     height = 0.8 / len(providers)
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.62 * len(rows)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8, 1.4 + 0.55 * len(rows)), layout="constrained")
     for place, provider in enumerate(providers):
         drawn = [(at, row) for at, row in enumerate(rows) if provider in row.median_ms]
-        bars_ = axes.barh(
-            [at + (place - (len(providers) - 1) / 2) * height for at, _ in drawn],
-            [row.median_ms["pytorch"] / row.median_ms[provider] for _, row in drawn],
-            height,
-            label=provider,
-            color=colours[provider],
-        )
+        speeds = [row.median_ms["pytorch"] / row.median_ms[provider] for _, row in drawn]
+        middles = [at + (place - (len(providers) - 1) / 2) * height for at, _ in drawn]
+        axes.barh(middles, speeds, height, label=provider, color=_COLOURS[provider])
         if provider == OURS:
-            axes.bar_label(bars_, fmt="%.2f", padding=3, fontsize=8)
+            ratios = [row.speedup["pytorch"] for _, row in drawn]
+            margins = [
+                [value - low for value, low, _ in ratios],
+                [high - value for value, _, high in ratios],
+            ]
+            axes.errorbar(speeds, middles, xerr=margins, fmt="none", ecolor="black", capsize=2)
+            for middle, (value, _, _) in zip(middles, ratios, strict=True):
+                axes.text(
+                    0.03, middle, f"{value:.2f}", color="white", fontsize=8, va="center_baseline"
+                )
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("speed, PyTorch eager = 1 (medians of one interleaved run)")
-    axes.set_title(f"{rows[0].op}, forward + backward\n{source(record)}", fontsize=9)
+    axes.set_xlabel("speed, PyTorch eager = 1; medians of one interleaved run, ours with its 95 %")
+    title = [f"{rows[0].op}, forward + backward", *source(record).split("; ")]
+    axes.set_title("\n".join(title), fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without the software's own version in it, the same figures give the same file.
     figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -240,6 +240,7 @@ def test_an_absent_peer_is_left_out_and_named(
         (["--p", "1.5"], "--p: expected a probability, got 1.5"),
         (["--update", "--quick"], "--update measures everything"),
         (["--update", "--json"], "prints none"),
+        (["--family", "house"], "has bars only"),
     ],
 )
 def test_wrong_options(arguments: list[str], message: str) -> None:
