@@ -66,14 +66,11 @@ def fresh_clone_demo(*_: Any) -> dict[str, float]:
 
     def results(clone: Path) -> dict[str, float]:
         output = clone / "pyfastft-demo"
-        if not list(output.glob("*.png")):
-            raise AssertionError("make demo wrote no plot")
-        (document,) = output.glob("*.json")
-        accuracy = {
-            row["method"]: row["accuracy_after"]
-            for row in json.loads(document.read_text())["methods"]
-        }
-        return {"points over full": 100 * (accuracy["lora"] - accuracy["full"])}
+        for written in ("results.md", "plot.png"):
+            if not (output / written).is_file():
+                raise AssertionError(f"make demo wrote no {written}")
+        document = json.loads((output / "results.json").read_text())
+        return {"points over full": document["lora against full fine-tuning, points"]}
 
     return _in_fresh_clone("demo", results)
 
