@@ -18,6 +18,7 @@ struct Operand {
   // Packs lines [line, line + lines), lines <= kLanes, depth [begin, end), into `strip`; missing
   // lines and the missing half of a last pair are zeros. `begin` is even.
   void (*pack)(const Operand&, int64_t line, int lines, int64_t begin, int64_t end, float* strip);
+  bool short_runs;  // lines are neighbours in memory: many of them are packed a few items at a time
   const uint8_t* mask;  // of dropout, or null: an element's index is that of these strides
   int64_t mask_line_stride, mask_depth_stride;
 };
@@ -53,12 +54,18 @@ constexpr int kBlockRows = kTileRows * (224 / kTileRows);
 constexpr int kBlockColumns = 256;
 // How far ahead packing asks for memory: the hardware does not foresee so many streams at once.
 constexpr int64_t kPrefetchBytes = 512;
+// Items of depth that a strip is packed by where its neighbours share its rows of memory.
+constexpr int64_t kShortRun = 16;
 // Packed operands larger than this are made in parts.
 constexpr int64_t kPanelBytes = int64_t(16) << 20;
 // Fewer multiply-adds than this are not worth waking a thread for.
 constexpr int64_t kSerialWork = int64_t(1) << 18;
 
 // ---- dense producers -----------------------------------------------------------------------
+
+inline Operand dense(const void* data, int64_t line_stride, int64_t depth_stride) {
+  return {data, line_stride, depth_stride, nullptr, false, nullptr, 0, 0};
+}
 
 // n values from p that are neighbours in depth, as items; bits selects.
 template <bool kPairs, class T>
@@ -140,7 +147,7 @@ void pack_gathered(const Operand& a, int64_t line, int lines, int64_t begin, int
             static_cast<const T*>(a.data) + (line + i) * a.line_stride + (p + q) * a.depth_stride;
         gathered[i * kRun + q] = kept ? *from : T{};
       }
-    const Operand run{gathered, kRun, 1, nullptr, nullptr, 0, 0};
+    const Operand run = dense(gathered, kRun, 1);
     pack_lines<T, kPairs, false>(run, 0, lines, 0, n, strip);
     strip += (n + kPerItem - 1) / kPerItem * kLanes;
   }
@@ -154,11 +161,8 @@ auto dense_packer(const Operand& a) {
   return pack_gathered<T, kPairs>;
 }
 
-inline Operand dense(const void* data, int64_t line_stride, int64_t depth_stride) {
-  return {data, line_stride, depth_stride, nullptr, nullptr, 0, 0};
-}
-
 inline void choose_packer(Operand& a, int32_t dtype, bool pairs) {
+  a.short_runs = a.depth_stride != 1;
   if (dtype == FT_FLOAT32)
     a.pack = dense_packer<float, false>(a);
   else if (dtype == FT_FLOAT16)
@@ -327,21 +331,35 @@ struct Strips {
 
 inline int64_t items_of(const Product& q) { return q.pairs ? ceil_div(q.depth, 2) : q.depth; }
 
-// Pack items [first, last) of one strip.
-FT_INLINE void pack_items(const Product& q, const Operand& a, int64_t line, int lines,
-                          int64_t first, int64_t last, float* strip) {
+// Pack items [first, last) of strips [s0, s1) as [strip][item][lane].
+inline void pack_strips(const Product& q, const Operand& a, const Strips& strips, int64_t s0,
+                        int64_t s1, int64_t first, int64_t last, float* panel) {
   const int per_item = q.pairs ? 2 : 1;
-  a.pack(a, line, lines, first * per_item, lesser(last * per_item, q.depth), strip);
+  const int64_t run = a.short_runs ? kShortRun : last - first;
+  for (int64_t p = first; p < last; p += run) {
+    const int64_t end = lesser(lesser(p + run, last) * per_item, q.depth);
+    for (int64_t s = s0; s < s1; ++s)
+      a.pack(a, strips.line(s), strips.lines(s), p * per_item, end,
+             panel + ((s - s0) * (last - first) + p - first) * kLanes);
+  }
 }
 
-inline void pack_strip(const Product& q, const Operand& a, const Strips& strips, int64_t strip,
-                       float* panel) {
-  const int64_t items = items_of(q);
-  for (int64_t p = 0; p < items; p += q.block) {
-    const int64_t block = lesser(q.block, items - p);
-    pack_items(q, a, strips.line(strip), strips.lines(strip), p, p + block,
-               panel + (p * strips.count() + strip * block) * kLanes);
-  }
+// Pack an operand of every product over its whole depth, in tasks of a few strips.
+inline void pack_panels(const Product* products, int count, Operand Product::* operand,
+                        const Strips& strips, float* const* panels, int threads) {
+  const int64_t group = greater(1, lesser(kBlockColumns / kLanes, strips.count() / (4 * threads)));
+  const int64_t tasks = ceil_div(strips.count(), group);
+  parallel_for(tasks > 1 ? threads : 1, tasks, [&](int64_t task, int) {
+    const int64_t s0 = task * group, s1 = lesser(s0 + group, strips.count());
+    for (int q = 0; q < count; ++q) {
+      const int64_t items = items_of(products[q]);
+      for (int64_t p = 0; p < items; p += products[q].block) {
+        const int64_t block = lesser(products[q].block, items - p);
+        pack_strips(products[q], products[q].*operand, strips, s0, s1, p, p + block,
+                    panels[q] + (p * strips.count() + s0 * block) * kLanes);
+      }
+    }
+  });
 }
 
 constexpr int kMaxProducts = 2;
@@ -369,16 +387,13 @@ inline void compute_block(const Gemm& g, int64_t i0, int64_t i1, int64_t j0, int
     for (int64_t p = 0; p < items; p += product.block) {
       const int64_t block = lesser(product.block, items - p), strip_floats = block * kLanes;
       const float* row_block = g.row_panels[q] + p * g.rows.count() * kLanes;
-      for (int64_t strip = j0; strip < j1; strip += 2) {
+      const float* column_block = own_columns;
+      if (g.column_panels[q])
+        column_block = g.column_panels[q] + p * g.columns.count() * kLanes + j0 * strip_floats;
+      else
+        pack_strips(product, product.columns, g.columns, j0, j1, p, p + block, own_columns);
+      for (int64_t strip = j0; strip < j1; strip += 2, column_block += 2 * strip_floats) {
         const int strips = int(lesser(2, j1 - strip));
-        const float* column_block = own_columns;
-        if (g.column_panels[q]) {
-          column_block = g.column_panels[q] + p * g.columns.count() * kLanes + strip * strip_floats;
-        } else {
-          for (int s = 0; s < strips; ++s)
-            pack_items(product, product.columns, g.columns.line(strip + s),
-                       g.columns.lines(strip + s), p, p + block, own_columns + s * strip_floats);
-        }
         float* to = tile + (strip - j0) * kLanes;
         for (int64_t s = i0; s < i1; ++s, to += g.rows.height * kBlockColumns)
           choose_tile(g.rows.lines(s), strips, product.pairs)(
@@ -421,12 +436,14 @@ inline void gemm(int64_t rows, int64_t columns, const Product* products, int cou
       share_columns ? greater(int64_t(threads) * kBlockColumns, kPanelBytes / line_bytes) /
                           kBlockColumns * kBlockColumns
                     : columns;
-  const int strip_height = int(ceil_div(rows, ceil_div(rows, kTileRows)));
+  // Equal heights, and even ones: a tile of odd height would write a row of the next strip.
+  const int height = int(ceil_div(rows, ceil_div(rows, kTileRows)));
+  const int strip_height = height == 1 ? 1 : height + height % 2;
   const int64_t rows_at_once = greater(kBlockRows / strip_height * strip_height,
                                        kPanelBytes / (line_bytes * kLanes) * strip_height);
 
   constexpr int64_t kTile = int64_t(kBlockRows) * kBlockColumns;
-  constexpr int64_t kWorker = kTile + 2 * kDepthItems * kLanes;
+  constexpr int64_t kWorker = kTile + kBlockColumns * kDepthItems;
   float* const workers =
       static_cast<float*>(scratch(Scratch::kWorkers, threads * kWorker * int64_t(sizeof(float))));
 
@@ -436,19 +453,13 @@ inline void gemm(int64_t rows, int64_t columns, const Product* products, int cou
     g.columns.end = lesser(columns, j + columns_at_once);
     if (share_columns) {
       panel_space(Scratch::kColumnPanels, products, count, g.columns, g.column_panels);
-      parallel_for(threads, g.columns.count(), [&g](int64_t strip, int) {
-        for (int q = 0; q < g.count; ++q)
-          pack_strip(g.products[q], g.products[q].columns, g.columns, strip, g.column_panels[q]);
-      });
+      pack_panels(products, count, &Product::columns, g.columns, g.column_panels, threads);
     }
     for (int64_t i = 0; i < rows; i += rows_at_once) {
       g.rows.begin = i;
       g.rows.end = lesser(rows, i + rows_at_once);
       panel_space(Scratch::kRowPanels, products, count, g.rows, g.row_panels);
-      parallel_for(g.rows.count() > 1 ? threads : 1, g.rows.count(), [&g](int64_t strip, int) {
-        for (int q = 0; q < g.count; ++q)
-          pack_strip(g.products[q], g.products[q].rows, g.rows, strip, g.row_panels[q]);
-      });
+      pack_panels(products, count, &Product::rows, g.rows, g.row_panels, threads);
 
       // Blocks of C of equal size, as many as keep all threads busy to the end.
       const int64_t row_strips = g.rows.count(), column_pairs = ceil_div(g.columns.count(), 2);
