@@ -64,8 +64,8 @@ TILES = {
         64: (64, 64, 4, 4),
         128: (64, 64, 4, 3),
     },
-    ("project", False): {16: (32, 32, 4, 2), 32: (32, 32, 4, 2), 64: (32, 32, 4, 2)},
-    ("update", True): {16: (64, 128, 4, 1), 32: (64, 128, 4, 1)},
+    ("project", False): {16: (32, 32, 4, 1), 32: (32, 32, 4, 1), 64: (32, 32, 4, 1)},
+    ("update", True): {16: (64, 128, 8, 1), 32: (64, 128, 8, 1)},
     ("update", False): {16: (32, 64, 4, 1)},
     ("gradient", True): {
         16: (64, 256, 8, 3),
@@ -76,8 +76,9 @@ TILES = {
     ("gradient", False): {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 64, 4, 2)},
 }
 
-# Side of a tile whose every element needs its own call of Philox, with ten rounds of registers.
-MASKED_TILE = 32
+# Largest tile (rows, columns) whose every element needs its own call of Philox: 64 bits of counter
+# and ten rounds for each take many registers.
+MASKED_TILE = (16, 32)
 
 
 def plan(problem: Problem, device: Device) -> Launch:
@@ -86,7 +87,7 @@ def plan(problem: Problem, device: Device) -> Launch:
     block_r = min((b for b in tiles_of_rank if b >= problem.rank), default=max(tiles_of_rank))
     block_m, block_c, num_warps, num_stages = tiles_of_rank[block_r]
     if problem.mask_by_element:
-        block_m, block_c = min(block_m, MASKED_TILE), min(block_c, MASKED_TILE)
+        block_m, block_c = min(block_m, MASKED_TILE[0]), min(block_c, MASKED_TILE[1])
     over_rows, over_columns, over_rank = (
         _ceil(problem.rows, block_m),
         _ceil(problem.columns, block_c),
