@@ -275,21 +275,21 @@ int launch_add_partials(const char* op, void* stream, Out* out, const float* par
 
 constexpr int64_t kDotBlocks = 64;  // at most
 
-// partials[block] = the block's share of sum(t * xa).
+// partials[block] = the block's share of sum(t * xa), in float64: all of T may cancel to one number.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
     dot(float* partials, const float* t, const A* xa, int64_t size) {
-  __shared__ float sums[kThreads];
-  float sum = 0.0f;
+  __shared__ double sums[kThreads];
+  double sum = 0.0;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < size;
        i += int64_t(gridDim.x) * kThreads)
-    sum += t[i] * to_float(xa[i]);
+    sum += double(t[i]) * double(to_float(xa[i]));
   sums[threadIdx.x] = sum;
   for (unsigned width = kThreads / 2; width; width /= 2) {
     __syncthreads();
     if (threadIdx.x < width) sums[threadIdx.x] += sums[threadIdx.x + width];
   }
-  if (threadIdx.x == 0) partials[blockIdx.x] = sums[0];
+  if (threadIdx.x == 0) partials[blockIdx.x] = float(sums[0]);
 }
 
 // ---- up, dx --------------------------------------------------------------------------------

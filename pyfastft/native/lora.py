@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from pyfastft._check import name_of
 from pyfastft._native import DTYPES, address
 from pyfastft._op import implement
 from pyfastft._random import dropout_threshold
+from pyfastft.native import _torch_gemm
 
 
 def _cpu_unsupported(first: torch.Tensor, *_: Any) -> str | None:
@@ -136,3 +138,179 @@ def lora_linear_backward(
         adapter_dtype=DTYPES[lora_a.dtype],
         threads=torch.get_num_threads(),
     )
+
+
+# -- CUDA ------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _compute_capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _cuda_unsupported(first: torch.Tensor, *_: Any) -> str | None:
+    """Why the CUDA library cannot run an op whose first argument has the base's dtype."""
+    if first.dtype not in DTYPES:
+        return f"{name_of(first.dtype)} is not one of {', '.join(map(name_of, DTYPES))}"
+    why = _native.why_no_cuda()
+    if why is not None:
+        return why
+    if first.device.type != "cuda":
+        return f"the tensors are on {first.device}"
+    capability = _compute_capability(first.device)
+    if capability < (8, 0):
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return None
+
+
+class CudaStages:
+    """The stages of :mod:`pyfastft.native._torch_gemm` on the current stream of a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.library = _native.cuda()
+        self.stream = _native.stream(device)
+
+    def down(
+        self,
+        *,
+        xa: torch.Tensor,
+        x: torch.Tensor,
+        lora_a: torch.Tensor,
+        rng: torch.Tensor | None,
+        threshold: int,
+    ) -> None:
+        m, k = x.shape
+        self.library.lora_down(
+            xa=xa.data_ptr(),
+            x=x.data_ptr(),
+            lora_a=lora_a.data_ptr(),
+            rng=address(rng),
+            m=m,
+            k=k,
+            r=lora_a.shape[0],
+            x_stride_m=x.stride(0),
+            threshold=threshold,
+            dtype=DTYPES[x.dtype],
+            adapter_dtype=DTYPES[lora_a.dtype],
+            stream=self.stream,
+        )
+
+    def up(
+        self, *, y: torch.Tensor, xa: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor
+    ) -> None:
+        m, n = y.shape
+        self.library.lora_up(
+            y=y.data_ptr(),
+            xa=xa.data_ptr(),
+            lora_b=lora_b.data_ptr(),
+            scaling=scaling.data_ptr(),
+            m=m,
+            n=n,
+            r=lora_b.shape[1],
+            dtype=DTYPES[y.dtype],
+            adapter_dtype=DTYPES[lora_b.dtype],
+            stream=self.stream,
+        )
+
+    def up_grad(
+        self,
+        *,
+        t: torch.Tensor,
+        dlora_b: torch.Tensor | None,
+        dscaling: torch.Tensor | None,
+        grad: torch.Tensor,
+        xa: torch.Tensor | None,
+        lora_b: torch.Tensor,
+        scaling: torch.Tensor,
+    ) -> None:
+        m, n = grad.shape
+        r = lora_b.shape[1]
+        workspace = t.new_empty(self.library.lora_up_grad_workspace(m, n, r))
+        self.library.lora_up_grad(
+            t=t.data_ptr(),
+            dlora_b=address(dlora_b),
+            dscaling=address(dscaling),
+            workspace=workspace.data_ptr(),
+            grad=grad.data_ptr(),
+            xa=address(xa),
+            lora_b=lora_b.data_ptr(),
+            scaling=scaling.data_ptr(),
+            workspace_floats=workspace.numel(),
+            m=m,
+            n=n,
+            r=r,
+            grad_stride_m=grad.stride(0),
+            dtype=DTYPES[grad.dtype],
+            adapter_dtype=DTYPES[lora_b.dtype],
+            stream=self.stream,
+        )
+
+    def down_grad(
+        self,
+        *,
+        dlora_a: torch.Tensor,
+        t: torch.Tensor,
+        x: torch.Tensor,
+        scaling: torch.Tensor,
+        rng: torch.Tensor | None,
+        threshold: int,
+    ) -> None:
+        m, k = x.shape
+        r = t.shape[1]
+        workspace = t.new_empty(self.library.lora_down_grad_workspace(m, k, r))
+        self.library.lora_down_grad(
+            dlora_a=dlora_a.data_ptr(),
+            workspace=workspace.data_ptr(),
+            t=t.data_ptr(),
+            x=x.data_ptr(),
+            scaling=scaling.data_ptr(),
+            rng=address(rng),
+            workspace_floats=workspace.numel(),
+            m=m,
+            k=k,
+            r=r,
+            x_stride_m=x.stride(0),
+            threshold=threshold,
+            dtype=DTYPES[x.dtype],
+            adapter_dtype=DTYPES[dlora_a.dtype],
+            stream=self.stream,
+        )
+
+    def dx(
+        self,
+        *,
+        dx: torch.Tensor,
+        t: torch.Tensor,
+        lora_a: torch.Tensor,
+        scaling: torch.Tensor,
+        rng: torch.Tensor | None,
+        threshold: int,
+    ) -> None:
+        m, k = dx.shape
+        self.library.lora_dx(
+            dx=dx.data_ptr(),
+            t=t.data_ptr(),
+            lora_a=lora_a.data_ptr(),
+            scaling=scaling.data_ptr(),
+            rng=address(rng),
+            m=m,
+            k=k,
+            r=t.shape[1],
+            threshold=threshold,
+            dtype=DTYPES[dx.dtype],
+            adapter_dtype=DTYPES[lora_a.dtype],
+            stream=self.stream,
+        )
+
+
+@implement("lora_linear", "cuda", unsupported=_cuda_unsupported)
+def lora_linear_cuda(y: torch.Tensor, xa: torch.Tensor, x: torch.Tensor, *args: Any) -> None:
+    with torch.cuda.device_of(x):
+        _torch_gemm.forward(CudaStages(x.device), y, xa, x, *args)
+
+
+@implement("lora_linear_backward", "cuda", unsupported=_cuda_unsupported)
+def lora_linear_backward_cuda(*args: Any) -> None:
+    grad = args[6]
+    with torch.cuda.device_of(grad):
+        _torch_gemm.backward(CudaStages(grad.device), *args)
