@@ -16,7 +16,7 @@ import torch
 
 from pyfastft._cli import UsageError
 from pyfastft._op import REGISTRY, Impl
-from pyfastft.benchmarks import bars, bench_lora, cli, machine, measure, probe, report
+from pyfastft.benchmarks import bars, bench_lora, cli, figures, machine, measure, probe, report
 from pyfastft.benchmarks.measure import Case, Row
 from pyfastft.benchmarks.timer import (
     Candidate,
@@ -291,7 +291,7 @@ def test_bars_are_well_formed() -> None:
     assert len({bar.bar for bar in loaded}) >= 8
     for bar in loaded:
         if bar.family == bars.HOUSE:
-            assert bar.figure in bars.figures.FIGURES
+            assert bar.figure in figures.FIGURES
         else:
             assert bar.figure in ("speedup", *measure.family(bar.family).FIGURES)
 
@@ -341,7 +341,7 @@ def test_bars_and_their_exit_code(
             raise numbers
         return numbers
 
-    monkeypatch.setitem(bars.figures.FIGURES, "figure", figure)
+    monkeypatch.setitem(figures.FIGURES, "figure", figure)
     monkeypatch.setattr(bars, "load", lambda: [one_bar(**fields)])
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     assert run("--bars", "--family", "house") == code
@@ -366,7 +366,7 @@ def test_slow_bars_are_read_with_their_revision(
     def figure(*_: Any) -> dict[str, float]:
         raise AssertionError("measured, though it is slow")
 
-    monkeypatch.setitem(bars.figures.FIGURES, "figure", figure)
+    monkeypatch.setitem(figures.FIGURES, "figure", figure)
     monkeypatch.setattr(bars, "load", lambda: [one_bar(slow=True)])
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     folder = tmp_path / (machine.slug(CPU) if own else "another-machine")
@@ -397,9 +397,7 @@ def test_saved_bytes_count_storages_once_and_no_parameters() -> None:
 
 def test_readme_figures_are_those_of_the_results() -> None:
     """So no figure can be typed by hand."""
-    command = [sys.executable, "-m", "pyfastft.benchmarks.report", "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    assert report.main(["--check"]) == 0
 
 
 def test_readme_blocks_are_filled_and_checked(
@@ -456,3 +454,78 @@ def test_pytest_benchmark_files_use_the_same_timer(tmp_path: Path) -> None:
     assert row["match"]
     assert one["stats"]["rounds"] == row["rounds"]
     assert one["stats"]["median"] * 1e3 == pytest.approx(row["median_ms"]["pyfastft"], rel=0.001)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small repository in the place of this one."""
+    root = tmp_path / "checkout"
+    root.mkdir()
+    subprocess.run(["git", "init", "--quiet", str(root)], check=True)
+    monkeypatch.setattr(figures, "CHECKOUT", root)
+    return root
+
+
+def commit(root: Path, **files: str) -> None:
+    for name, text in files.items():
+        (root / name).write_text(text)
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    subprocess.run(["git", "-C", str(root), "add", "--all"], check=True)
+    subprocess.run(
+        ["git", "-C", str(root), *identity, "commit", "--quiet", "-m", "files"], check=True
+    )
+
+
+DEMO = """demo:
+\tmkdir pyfastft-demo
+\techo '{"lora against full fine-tuning, points": -0.5}' > pyfastft-demo/results.json
+\ttouch pyfastft-demo/results.md pyfastft-demo/plot.png
+"""
+
+
+def test_a_fresh_clone_is_what_is_committed(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYFASTFT_BACKEND", "reference")
+    commit(checkout, Makefile=DEMO + '\ttest -z "$$PYFASTFT_BACKEND$$VIRTUAL_ENV"\n')
+    (checkout / "Makefile").write_text("demo:\n\tfalse\n")
+    found = figures.fresh_clone_demo()
+    assert found["points over full"] == -0.5
+    assert 0 < found["minutes"] < 1
+
+
+@pytest.mark.parametrize(
+    ("makefile", "why"),
+    [
+        (DEMO + "\trm pyfastft-demo/plot.png\n", "make demo wrote no plot.png"),
+        (DEMO + "\techo broken; exit 3\n", "make demo ended with 2\n.*broken"),
+    ],
+)
+def test_a_demo_that_fails_gives_no_figure(checkout: Path, makefile: str, why: str) -> None:
+    commit(checkout, Makefile=makefile)
+    with pytest.raises(AssertionError, match=f"(?s){why}"):
+        figures.fresh_clone_demo()
+
+
+def test_figures_of_test_suites(checkout: Path) -> None:
+    suite = checkout / "tests" / "test_registry.py"
+    suite.parent.mkdir()
+    suite.write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('n', range(5))\n"
+        "def test_rejects(n):\n"
+        "    assert n != 2\n"
+        "def test_other():\n"
+        "    assert False\n"
+    )
+    assert figures.rejects() == {"wrong": 1, "cases": 5}
+    with pytest.raises(AssertionError, match="tests/peft_suite"):
+        figures.peft_suite()
+
+
+def test_import_time_is_what_is_added_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "_IMPORTS", 1)
+    found = figures.import_time()
+    assert set(found) == {"seconds", "torch alone", "lines printed"}
+    assert found["seconds"] > 0
+    assert found["lines printed"] == 0
