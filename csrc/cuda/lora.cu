@@ -11,17 +11,17 @@
 // updates the wide matrix once and is bound by that traffic while R is small. A block takes a tile
 // of it into shared memory, 16 bytes a load, regenerates the dropout mask in registers on the way
 // (one call of Philox per group of eight), and multiplies it with 16 ranks of the factor in fp32
-// FMAs. Every operand of an FMA comes from a quad: 8 quads read from shared memory feed 64 FMAs.
+// FMAs, five to eleven for each quad read from shared memory.
 // A rank above 16 takes ceil(R / 16) blocks that read the same tile at about the same time, so
 // from L2; add_product loops over the ranks instead.
 //
 // Sums across blocks are partial results in the caller's workspace, added up in a fixed order by
 // add_partials: no atomics, and the same bits whatever the GPU.
 //
-// FMAs do 2 R operations per element read: against an H200 (67 TFLOP/s in fp32, 4.8 TB/s) the
-// bandwidth is the limit up to R = 14 in a half dtype and R = 28 in fp32. Tensor cores (mma of
-// bf16 or fp16, T and xa rounded to it) would raise that limit past R = 128 and read each tile
-// once for all ranks; they would not make a rank of 16 or less much faster.
+// A product does 2 R operations per element of the wide matrix: on an H200 (67 TFLOP/s of fp32,
+// 4.8 TB/s) FMAs keep up with reading a half dtype until R = 14, float32 until R = 28. Tensor cores
+// (mma of bf16 or fp16 fragments, with T rounded to them) would keep up past R = 128 and read each
+// tile once for all ranks; for a rank of 16 or less they would gain little.
 #include <algorithm>
 
 #include "cuda/tile.cuh"
@@ -275,7 +275,8 @@ int launch_add_partials(const char* op, void* stream, Out* out, const float* par
 
 constexpr int64_t kDotBlocks = 64;  // at most
 
-// partials[block] = the block's share of sum(t * xa), in float64: all of T may cancel to one number.
+// partials[block] = the block's share of sum(t * xa), in float64: much may cancel on the way to one
+// number.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
     dot(float* partials, const float* t, const A* xa, int64_t size) {
