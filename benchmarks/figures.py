@@ -111,8 +111,7 @@ def _pytest(*selection: str) -> tuple[dict[str, float], dict[str, str]]:
     _expect_checkout()
     with tempfile.TemporaryDirectory(prefix="pyfastft-bars-") as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        command += [*selection, f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", "-q", *selection, f"--junitxml={report}"]
         # A failing test is a figure, not an error; no report, or no test, is one.
         done = _call(command, cwd=CHECKOUT, fine=(0, 1))
         suites = list(ElementTree.parse(report).getroot().iter("testsuite"))

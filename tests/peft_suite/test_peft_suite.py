@@ -10,6 +10,7 @@ import sys
 import tarfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -58,10 +59,12 @@ def suite(cache: Path) -> Path:
 def start(folder: Path, results: Path, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "pytest", "-c", "pytest.ini", "-q", "-p", "no:cacheprovider"]
     command += ["--junitxml", str(results), "-k", SELECTED, *options, "tests/test_custom_models.py"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    environment |= {"PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -81,7 +84,10 @@ def outcomes(results: Path) -> dict[str, str]:
 
 @pytest.mark.more
 def test_pefts_own_suite(
-    tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
 ) -> None:
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         pytest.skip(f"PEFT's tests import {', '.join(missing)}, see the extra 'peft-suite'")
@@ -112,6 +118,10 @@ def test_pefts_own_suite(
         print(f"LoRA forwards over nn.Linear: {counts[OURS]} of {asked} by pyfastft")
         for kind, number in counts.most_common():
             print(f"  {number:6d}  {kind}")
+    # Read by `pyfastft bench --bars --slow`.
+    record_property("passed", len(passed))
+    record_property("lost", len(lost))
+    record_property("percent_ours", 100 * counts[OURS] / max(asked, 1))
     assert len(passed) > 1000, logs[0][-3000:]
     assert not lost, f"{lost[:5]}\n{logs[1][-3000:]}"
     assert counts[OURS] > 0
