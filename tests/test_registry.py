@@ -138,8 +138,14 @@ def gradients(call: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:
     return list(torch.autograd.grad(output, wanted, weights.to(output.dtype)))
 
 
+def tiny_samples() -> list[Sample]:
+    """Those that finite differences get through quickly: one step per element."""
+    several = differentiable_samples()
+    return [s for s in several if sum(a.numel() for a in _tensors(s.build(FLOAT32, CPU))) < 400]
+
+
 @pytest.mark.parametrize("way", ["op", "operator", "Function"])
-@pytest.mark.parametrize("sample", differentiable_samples(), ids=str)
+@pytest.mark.parametrize("sample", tiny_samples(), ids=str)
 def test_gradcheck(way: str, sample: Sample) -> None:
     import pyfastft.autograd as functions
 

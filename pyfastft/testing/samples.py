@@ -172,7 +172,10 @@ def _lora_gradient_arguments(
     if shape.layout == "expanded":
         grad = torch.ones((), dtype=precision.base, device=device).expand(size)
     else:
+        # Leaning towards the low-rank output, so that ds, a single sum, does not cancel: the
+        # naive error of one element would be a matter of luck.
         values = torch.randn(size, generator=generator, dtype=torch.float64)
+        values += (xa.double() @ lora_b.double().T).cpu()
         grad = values.to(device=device, dtype=precision.base)
     if not (need[1] or need[2]):
         x = None
