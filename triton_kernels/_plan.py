@@ -52,28 +52,28 @@ PROGRAMS_PER_MULTIPROCESSOR = 2
 # side below 16: a smaller rank is padded by masked loads.
 #
 # project and gradient read the wide matrix once: tiles of 16 KiB, several in flight, keep the
-# memory busy. In gradient the accumulator is block_c x block_r: columns shrink as ranks grow.
+# memory busy. In gradient block_c is bounded by sm_100: 256 columns whose loads Triton cannot align
+# spill there. float32 runs without tensor cores and holds its operands in registers.
 # update writes each element once, and its loop over the rank is inside the program: a large block_r
 # would only take registers, and there is nothing to pipeline.
-# float32 without tensor cores holds operands in registers: small tiles. From 64 ranks on it is
-# bound by arithmetic, so reading the wide matrix once per 64 costs nothing.
+# Above 32 ranks float32 is bound by arithmetic: reading the wide matrix once per 32 costs nothing.
+# In half precision gradient reads it once per 64: 128 would spill on sm_80.
 TILES = {
     ("project", True): {
         16: (64, 64, 4, 4),
         32: (64, 64, 4, 4),
         64: (64, 64, 4, 4),
-        128: (64, 64, 4, 3),
+        128: (64, 64, 8, 3),
     },
-    ("project", False): {16: (32, 32, 4, 1), 32: (32, 32, 4, 1), 64: (32, 32, 4, 1)},
+    ("project", False): {16: (32, 32, 4, 1), 32: (32, 32, 4, 1)},
     ("update", True): {16: (64, 128, 8, 1), 32: (64, 128, 8, 1)},
-    ("update", False): {16: (32, 64, 4, 1)},
+    ("update", False): {16: (32, 32, 4, 1)},
     ("gradient", True): {
-        16: (64, 256, 8, 3),
-        32: (64, 256, 8, 3),
+        16: (64, 128, 8, 3),
+        32: (64, 128, 8, 3),
         64: (64, 128, 8, 3),
-        128: (64, 128, 8, 3),
     },
-    ("gradient", False): {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 64, 4, 2)},
+    ("gradient", False): {16: (32, 64, 4, 2), 32: (32, 64, 4, 2)},
 }
 
 # Largest tile (rows, columns) whose every element needs its own call of Philox: 64 bits of counter

@@ -1,0 +1,84 @@
+"""Every launch of the Triton kernels compiles for sm_80, sm_90 and sm_100, with no GPU: no spills,
+shared memory within the device's limit, tensor cores where half precision is multiplied.
+
+The interpreter accepts kernels that do not compile, so both kinds of test are needed. The compiler
+runs in a process of its own, without TRITON_INTERPRET; Triton's cache, keyed by the source, makes a
+second run cheap.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+CACHE = Path(tempfile.gettempdir()) / f"pyfastft-triton-cache-{os.getuid()}"
+# What one block may have: CUDA programming guide, table of technical specifications.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MATRIX_INSTRUCTION = {
+    80: {"mma.sync"},
+    90: {"wgmma.mma", "mma.sync"},
+    100: {"tcgen05.mma", "mma.sync"},
+}
+STAGES = {"_lora_project_kernel", "_lora_update_kernel", "_lora_gradient_kernel"}
+
+
+def compile_stages(architectures: str, alignments: str, precisions: str, ranks: str) -> list[dict]:
+    environment = dict(os.environ, TRITON_CACHE_DIR=os.environ.get("TRITON_CACHE_DIR", str(CACHE)))
+    environment.pop("TRITON_INTERPRET", None)
+    result = subprocess.run(
+        [
+            sys.executable,
+            str(HERE / "compile_stages.py"),
+            architectures,
+            alignments,
+            precisions,
+            ranks,
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {row["kernel"] for row in rows} >= STAGES
+    return rows
+
+
+def check(rows: list[dict]) -> None:
+    for row in rows:
+        architecture = row["architecture"]
+        assert row["stack"] == 0, f"spills: {row}"
+        assert row["shared"] <= SHARED_LIMIT[architecture], f"shared memory: {row}"
+        if row["half"]:
+            found = MATRIX_INSTRUCTION[architecture] & set(row["matrix"])
+            assert found, f"no tensor-core instruction: {row}"
+
+
+def test_launches_compile_without_spills() -> None:
+    check(compile_stages("90", "aligned", "bf16-bf16", "16"))
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("precision", ["bf16-bf16", "fp32-fp32", "bf16-fp32"])
+@pytest.mark.parametrize("alignment", ["aligned", "odd", "eight"])
+def test_every_launch_compiles_without_spills(alignment: str, precision: str) -> None:
+    # A rank per tile of ranks, and one that Triton cannot align.
+    ranks = "10,16,32,64,128" if precision == "bf16-bf16" else "10,16,32,64"
+    check(compile_stages("80,90,100", alignment, precision, ranks))
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("precision", ["fp16-fp16", "fp16-fp32"])
+def test_float16_compiles_as_bfloat16_does(precision: str) -> None:
+    check(compile_stages("80,90,100", "aligned,odd", precision, "16"))
