@@ -52,9 +52,10 @@ def plan(model: nn.Module, config: LoRA, *, strict: bool = True) -> Plan:
             modules[name] = module
     if not modules:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:5])
+        got = f"none among {len(skipped)} matches ({reasons})" if skipped else "no match"
         raise ValueError(
-            f"convert: expected targets of modules that can be converted, got none among "
-            f"{len(skipped)} matches ({reasons})" + _common(named)
+            f"convert: expected targets of modules that can be converted, got {got}"
+            + _common(named)
         )
     return Plan(modules, skipped)
 
@@ -161,6 +162,6 @@ def _expect_each_to_match(targets: str | Collection[str], named: dict[str, nn.Mo
 def _common(named: dict[str, nn.Module]) -> str:
     counts = Counter(leaf(name) for name, module in named.items() if _is_linear(module))
     if not counts:
-        return "; the model has no linear layers"
+        return "; the model holds no linear layers"
     common = ", ".join(f"{name} ({number})" for name, number in counts.most_common(5))
     return f"; its most common linear layers are {common}"

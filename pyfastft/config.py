@@ -30,7 +30,8 @@ class LoRA:
         alpha: scales the update.
         dropout: probability of dropping an element of the update's input while training.
         targets: which modules. A list: names, or the ends of names after a dot. A string: a
-            regular expression that the whole name matches, or ``"all-linear"``.
+            regular expression that the whole name matches, or ``"all-linear"``: every nn.Linear
+            and Conv1D but the output head of a transformers model.
         exclude: modules to leave alone, a list or a regular expression as ``targets``.
         layers: indices of the layers to convert, one or a list; needs a list of targets.
         layers_pattern: names of the module lists that ``layers`` counts in; by default the first

@@ -75,6 +75,7 @@ def install(model: nn.Module, config: LoRA, layers: Mapping[str, LoRALinear]) ->
     model.requires_grad_(False)
     _replace(model, {layer.base: layer for layer in layers.values()})
     for layer in layers.values():
+        layer.take_over()
         for parameter in (layer.lora_a, layer.lora_b, layer.lora_bias):
             if parameter is not None:
                 parameter.requires_grad_(True)

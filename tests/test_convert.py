@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import weakref
 from pathlib import Path
 
 import peft
@@ -104,6 +105,19 @@ def test_a_copy_and_a_wrapper_can_be_reverted() -> None:
     assert isinstance(twin.head, nn.Linear)
     assert isinstance(model.head, ft.nn.LoRALinear)
     assert_exact(twin(TOKENS), y, "the output")
+
+
+def test_replaced_parameters_are_let_go_and_survive_the_way_back() -> None:
+    """As sharding replaces them, and loading with ``assign=True``."""
+    model = Model()
+    ft.convert(model, ft.LoRA())
+    state = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+    old = weakref.ref(model.head.weight)
+    model.load_state_dict(state, assign=True)
+    assert old() is None
+    ft.revert(model)
+    assert [name for name, _ in model.head.named_parameters()] == ["weight", "bias"]
+    assert_exact(model.head.weight.data, state["head.weight"], "the weight")
 
 
 def test_what_is_asked_for_and_skipped_has_a_reason() -> None:

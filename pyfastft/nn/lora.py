@@ -205,12 +205,19 @@ class LoRALinear(nn.Module):
             getattr(self, name).copy_(value)
         self._original = None
 
+    def take_over(self) -> None:
+        """Leave the base no parameters of its own until :meth:`restore`, only a view of these.
+
+        What replaces parameters (a move from the meta device, sharding) then reaches both, and
+        nothing keeps the replaced ones alive.
+        """
+        self.base.__dict__["_parameters"] = self._parameters
+
     def restore(self) -> nn.Module:
         """The base layer, with the parameters as they are now; the adapter is left out."""
         self.unmerge()
-        # Moving a model from the meta device makes new Parameters.
-        for name in ("weight", "bias"):
-            self.base._parameters[name] = self._parameters[name]
+        kept = {name: self._parameters[name] for name in ("weight", "bias")}
+        self.base.__dict__["_parameters"] = kept
         return self.base.train(self.training)
 
     def _rebuild_scaling(self) -> None:

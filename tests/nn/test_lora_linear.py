@@ -245,10 +245,18 @@ def test_meta_device() -> None:
     assert_exact(layer.restore().weight.data, source["weight"], "the restored weight")
 
 
-def test_autocast_casts_as_peft_does() -> None:
-    layer = make()
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_autocast_casts_as_peft_does(lora_bias) -> None:
+    layer = make(lora_bias=lora_bias)
+    x = torch.randn(3, 12, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer(torch.randn(3, 12)).dtype is torch.bfloat16
+        y, naive = layer(x), plain(layer, x)
+    assert y.dtype is torch.bfloat16
+    truth = plain(copy.deepcopy(layer).double(), x.double())
+    assert_accurate(y.detach(), truth.detach(), naive.detach())
+    y.sum().backward()
+    assert x.grad.dtype is torch.float32
+    assert layer.lora_a.grad.dtype is torch.float32
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
