@@ -31,18 +31,18 @@ $(VENV): $(VENV)/.built  ## the environment alone
 $(VENV)/.tools: pyproject.toml
 	@echo "Building $(VENV): a few minutes, once"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet $(TORCH) 'setuptools>=77' wheel pybind11 cmake ninja
-	@PYFASTFT_CUDA=0 $(BIN)/python -m pip install --quiet --no-build-isolation \
+	@$(BIN)/python -m pip install -qq $(TORCH) 'setuptools>=77' wheel pybind11 cmake ninja
+	@PYFASTFT_CUDA=0 $(BIN)/python -m pip install -qq --no-build-isolation \
 	  $(TORCH) -e '.[demo,lint,peers,test]'
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.tools $(NATIVE)
 	@echo "Compiling the extensions"
-	@$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	@$(BIN)/python -m pip install -qq --no-build-isolation --no-deps -e .
 	@touch $@
 
 $(VENV)/.peft-suite: $(VENV)/.built
-	@$(BIN)/python -m pip install --quiet --no-build-isolation $(TORCH) -e '.[peft-suite]'
+	@$(BIN)/python -m pip install -qq --no-build-isolation $(TORCH) -e '.[peft-suite]'
 	@touch $@
 
 demo: $(VENV)/.built  ## fine-tune a vision transformer: table and plot
@@ -72,7 +72,7 @@ NEEDED_ON_GPU := torch triton numpy safetensors tqdm setuptools wheel pybind11 p
 
 gpu-build:  ## the extensions for this machine's GPU; GPU_WHEELS=folder brings what is missing
 	@if [ -n '$(GPU_WHEELS)' ]; then \
-	  $(GPU_PYTHON) -m pip install --quiet --no-index --no-deps $(GPU_WHEELS)/*.whl; fi
+	  $(GPU_PYTHON) -m pip install -qq --no-index --no-deps $(GPU_WHEELS)/*.whl; fi
 	@$(GPU_PYTHON) -c 'import sys, importlib.util as u; \
 	  missing = [n for n in "$(NEEDED_ON_GPU)".split() if not u.find_spec(n)]; \
 	  sys.exit(f"gpu-build: $(GPU_PYTHON) lacks {missing}, set GPU_WHEELS" if missing else 0)'

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,19 +36,26 @@ def runtimes() -> str:
 
 
 @pytest.fixture(scope="module")
-def sanitized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+def sanitized(build_once: Callable[..., Path]) -> tuple[Path, dict[str, str]]:
     """A folder with the package built under both sanitizers, and the environment to run it in."""
     preload = runtimes()
-    folder = tmp_path_factory.mktemp("sanitized")
-    build = {"PYFASTFT_SANITIZE": "address,undefined", "PYFASTFT_CUDA": "0"}
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "build", "--build-lib", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, **build},
-        check=True,
-        capture_output=True,
-        timeout=1200,
-    )
+    variables = {"PYFASTFT_SANITIZE": "address,undefined", "PYFASTFT_CUDA": "0"}
+
+    def build(folder: Path) -> None:
+        subprocess.run(
+            [sys.executable, "setup.py", "-q", "build", "--build-lib", str(folder)],
+            cwd=ROOT,
+            env={**os.environ, **variables},
+            check=True,
+            capture_output=True,
+            timeout=1200,
+        )
+
+    parts = ("csrc", "pyfastft", "triton_kernels", "benchmarks")
+    inputs = [path for part in parts for path in (ROOT / part).rglob("*.*") if path.is_file()]
+    inputs = [path for path in inputs if path.suffix in (".py", ".cpp", ".hpp", ".h", ".def")]
+    inputs += [ROOT / "CMakeLists.txt", ROOT / "setup.py"]
+    folder = build_once("sanitized", variables, inputs, build)
     environment = {
         **os.environ,
         "LD_PRELOAD": preload,
@@ -100,12 +108,12 @@ def test_one_row_too_many_is_caught(sanitized, surplus: int) -> None:
         assert done.stdout == f"computed {64 + 2 * 64}.0\n"
 
 
-# What inspects a library or a process, and what builds harnesses of its own.
-ELSEWHERE = ("abi", "cuda_simt", "large", "process", "sanitizers")
+# What inspects a library or a process; what is about CUDA builds harnesses of its own.
+ELSEWHERE = ("abi", "cuda", "large", "process", "sanitizers")
 NATIVE = [
     path
     for path in sorted(Path(__file__).parent.glob("test_*.py"))
-    if path.stem.removeprefix("test_") not in ELSEWHERE
+    if path.stem.split("_")[1] not in ELSEWHERE
 ]
 
 
@@ -114,7 +122,16 @@ def test_native_tests_are_clean(sanitized, path: Path) -> None:
     only = ("-k", "test_truth and cpu-") if path.stem == "test_registry" else ()
     done = python(
         sanitized,
-        *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"),
+        *(
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:xdist",
+            "-o",
+            f"cache_dir={sanitized[0] / '.cache'}",
+        ),
         *("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)),
         *("-m", "not more and not slow and not gpu", str(path), *only),
     )
