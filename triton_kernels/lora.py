@@ -52,7 +52,7 @@ def _lora_project_kernel(
 
     Tiling: a program owns a row tile, a rank tile and a part, and loops over the part's columns.
     Numerics: dot products of DOT, accumulated in float32; the dropout scale is applied once, after.
-    Traffic: x once, v once per row tile. Bound by memory up to R of about 128.
+    Traffic: x once per rank tile, v once per row tile. Bound by memory at small R.
     Relies on: x has unit column stride; part is a multiple of BLOCK_C. Triton specialises it as a
     multiple of 16, without which the loads of x would be 2 bytes each.
     """
@@ -171,7 +171,7 @@ def _lora_gradient_kernel(
 
     Tiling: a program owns a column tile, a rank tile and a part, and loops over the part's rows.
     Numerics: u is rounded to DOT; float32 sums, reduced over the parts in a fixed order.
-    Traffic: x once, u once per column tile. Bound by memory up to R of about 128.
+    Traffic: x once per rank tile, u once per column tile. Bound by memory at small R.
     Relies on: x has unit column stride; v (C, R) is C-contiguous; part is a multiple of BLOCK_M.
     """
     first = tl.program_id(0) * BLOCK_C
