@@ -157,7 +157,7 @@ def _label(row: Row) -> str:
     return f"({', '.join(map(str, case.shape))})\nR={case.rank} p={case.p:g} {case.dtype}"
 
 
-def blocks(results: Path = RESULTS) -> dict[str, str]:
+def blocks(results: Path) -> dict[str, str]:
     """The generated texts of the README by their names."""
     texts = {}
     for name in FAMILIES:
@@ -229,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         before = args.readme.read_text()
-        after = fill(before, blocks())
+        after = fill(before, blocks(RESULTS))
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

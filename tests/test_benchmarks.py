@@ -421,6 +421,54 @@ def test_readme_blocks_are_filled_and_checked(
         assert why in capsys.readouterr().err
 
 
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small repository in the place of this one."""
+    root = tmp_path / "checkout"
+    root.mkdir()
+    subprocess.run(["git", "init", "--quiet", str(root)], check=True)
+    monkeypatch.setattr(figures, "CHECKOUT", root)
+    return root
+
+
+def test_update_writes_results_bars_and_readme(
+    checkout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = checkout / "benchmarks" / "results"
+    speed = one_bar(id="speed", family="lora", figure="speedup", key="pytorch", value=1e-9)
+    speed = dataclasses.replace(speed, shape=TINY.shape, rank=TINY.rank, p=TINY.p, dtype=TINY.dtype)
+    loaded = [speed, one_bar(slow=True), one_bar(id="other", machine="cuda")]
+    monkeypatch.setattr(machine, "CHECKOUT", checkout)
+    monkeypatch.setattr(report, "RESULTS", results)
+    monkeypatch.setattr(bars, "load", lambda: loaded)
+    monkeypatch.setattr(cli, "cases", lambda *_: [TINY])
+    monkeypatch.setattr(cli, "PEERS", ("pytorch",))
+    monkeypatch.setattr(cli, "_BUDGET_S", 0.0)
+    monkeypatch.setitem(figures.FIGURES, "figure", lambda *_: {"ours": 7.0})
+    names = ("headline", "lora", "bars")
+    marked = "".join(f"<!-- begin: {name} -->\n<!-- end: {name} -->\n" for name in names)
+    (checkout / "README.md").write_text(marked)
+
+    assert run("--update") == 0
+    own = results / machine.slug(CPU)
+    assert set(json.loads((own / "bars.json").read_text())["figures"]) == {"speed"}
+    first = json.loads((own / "lora.json").read_text())
+    measured = first["rows"][0]["speedup"]["pytorch"][0]
+    kept = json.loads((own / "bars.json").read_text())["figures"]["speed"]["numbers"]
+    assert kept == {"pytorch": measured}, "the bar's figure is not the table's"
+    text = (checkout / "README.md").read_text()
+    assert "| 5, 24, 16 | 3 | 0.1 | float32 |" in text
+    assert "| speed (M=5 K=24 N=16 R=3 p=0.1 float32) | at least 1e-09 x |" in text
+    assert "| one |" not in text
+
+    assert run("--update", "--slow") == 0
+    assert set(json.loads((own / "bars.json").read_text())["figures"]) == {"speed", "one"}
+    assert "| one | at least 2 x | 7 x |" in (checkout / "README.md").read_text()
+    monkeypatch.setitem(figures.FIGURES, "figure", lambda *_: {"ours": 1.0})
+    assert run("--update", "--slow") == 1
+    assert "falls short: one" in capsys.readouterr().out
+
+
 def test_committed_results_can_be_read_back() -> None:
     for path in report.RESULTS.glob("*/*.json"):
         record = json.loads(path.read_text())
@@ -454,16 +502,6 @@ def test_pytest_benchmark_files_use_the_same_timer(tmp_path: Path) -> None:
     assert row["match"]
     assert one["stats"]["rounds"] == row["rounds"]
     assert one["stats"]["median"] * 1e3 == pytest.approx(row["median_ms"]["pyfastft"], rel=0.001)
-
-
-@pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small repository in the place of this one."""
-    root = tmp_path / "checkout"
-    root.mkdir()
-    subprocess.run(["git", "init", "--quiet", str(root)], check=True)
-    monkeypatch.setattr(figures, "CHECKOUT", root)
-    return root
 
 
 def commit(root: Path, **files: str) -> None:
