@@ -164,7 +164,11 @@ def _cuda_unsupported(first: torch.Tensor, *_: Any) -> str | None:
 
 
 class CudaStages:
-    """The stages of :mod:`pyfastft.native._torch_gemm` on the current stream of a device."""
+    """The stages of :mod:`pyfastft.native._torch_gemm` on the current stream of a device.
+
+    A workspace may go back to torch's allocator as soon as its kernel is launched: whoever gets
+    the memory next runs on the same stream, after it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.library = _native.cuda()
@@ -305,12 +309,14 @@ class CudaStages:
 
 @implement("lora_linear", "cuda", unsupported=_cuda_unsupported)
 def lora_linear_cuda(y: torch.Tensor, xa: torch.Tensor, x: torch.Tensor, *args: Any) -> None:
+    """y = x W^T + b + s * dropout(x) A^T B^T."""
     with torch.cuda.device_of(x):
         _torch_gemm.forward(CudaStages(x.device), y, xa, x, *args)
 
 
 @implement("lora_linear_backward", "cuda", unsupported=_cuda_unsupported)
 def lora_linear_backward_cuda(*args: Any) -> None:
+    """The gradients of lora_linear that are needed; six outputs, then the op's arguments."""
     grad = args[6]
     with torch.cuda.device_of(grad):
         _torch_gemm.backward(CudaStages(grad.device), *args)
