@@ -13,30 +13,46 @@ FT_INLINE uint32_t keep_bits(const uint8_t* mask, int64_t element) {
   return uint32_t(bits >> element % 8);
 }
 
-// The bytes of groups first .. first + kWideLanes - 1.
-FT_INLINE void draw_mask(const Dropout& d, int64_t first, uint8_t* mask) {
-  Wide counter, bytes{};
-  for (int lane = 0; lane < kWideLanes; ++lane) counter[lane] = uint64_t(first + lane);
-  const Wide multiplier0 = Wide{} + kPhiloxMultiplier0, multiplier1 = Wide{} + kPhiloxMultiplier1;
-  // Only the low half of a lane counts; mul_low and the draws ignore the other.
-  Wide c0 = counter, c1 = counter >> 32;
-  Wide c2 = Wide{} + d.offset, c3 = c2 >> 32;
+// What does not change from group to group.
+struct MaskSource {
+  Wide keys[10][2], multipliers[2], offset, offset_high, threshold;
+};
+
+FT_INLINE MaskSource mask_source(const Dropout& d) {
+  MaskSource source;
   uint32_t k0 = uint32_t(d.seed), k1 = uint32_t(d.seed >> 32);
-#pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    const Wide low = mul_low(c0, multiplier0), high = mul_low(c2, multiplier1);
-    c0 = high >> 32 ^ c1 ^ k0;
-    c1 = high;
-    c2 = low >> 32 ^ c3 ^ k1;
-    c3 = low;
+    source.keys[round][0] = Wide{} + k0;
+    source.keys[round][1] = Wide{} + k1;
     k0 += kPhiloxWeyl0;
     k1 += kPhiloxWeyl1;
   }
+  source.multipliers[0] = Wide{} + kPhiloxMultiplier0;
+  source.multipliers[1] = Wide{} + kPhiloxMultiplier1;
+  source.offset = Wide{} + d.offset;
+  source.offset_high = source.offset >> 32;
+  source.threshold = Wide{} + d.threshold;
+  return source;
+}
+
+// The bytes of groups counter[0], counter[1], ...
+FT_INLINE void draw_mask(const MaskSource& source, Wide counter, uint8_t* mask) {
+  // Only the low half of a lane counts; mul_low and the draws ignore the other.
+  Wide c0 = counter, c1 = counter >> 32, c2 = source.offset, c3 = source.offset_high;
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    const Wide low = mul_low(c0, source.multipliers[0]), high = mul_low(c2, source.multipliers[1]);
+    c0 = high >> 32 ^ c1 ^ source.keys[round][0];
+    c1 = high;
+    c2 = low >> 32 ^ c3 ^ source.keys[round][1];
+    c3 = low;
+  }
   const Wide words[4] = {c0, c1, c2, c3};
+  Wide bytes{};
 #pragma GCC unroll 8
   for (int half = 0; half < kDropoutGroup; ++half) {
     const Wide draw = words[half / 2] >> half % 2 * 16 & 0xffffu;
-    bytes |= reinterpret_cast<Wide>(draw >= d.threshold) & uint64_t(1) << half;
+    bytes |= reinterpret_cast<Wide>(draw >= source.threshold) & uint64_t(1) << half;
   }
   for (int lane = 0; lane < kWideLanes; ++lane) mask[lane] = uint8_t(bytes[lane]);
 }
@@ -49,8 +65,11 @@ inline const uint8_t* dropout_mask(const Dropout& d, int64_t elements, int threa
   const int64_t bytes = ceil_div(elements, 64) * 8;
   parallel_for(threads, ceil_div(bytes, kTask), [=](int64_t task, int) {
     const int64_t end = lesser(bytes, (task + 1) * kTask);
-    for (int64_t group = task * kTask; group < end; group += kWideLanes)
-      draw_mask(d, group, mask + group);
+    const MaskSource source = mask_source(d);
+    Wide counter;
+    for (int lane = 0; lane < kWideLanes; ++lane) counter[lane] = uint64_t(task * kTask + lane);
+    for (int64_t group = task * kTask; group < end; group += kWideLanes, counter += kWideLanes)
+      draw_mask(source, counter, mask + group);
   });
   return mask;
 }

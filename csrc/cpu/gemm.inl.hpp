@@ -118,6 +118,7 @@ void pack_across(const Operand& a, int64_t line, int lines, int64_t begin, int64
                  float* strip) {
   const T* const data = static_cast<const T*>(a.data) + line;
   const auto items = [&](int64_t p) {
+    __builtin_prefetch(data + (p + kShortRun) * a.depth_stride);
     const Vec v = load(data + p * a.depth_stride, lines);
     return a.mask ? select(v, keep_bits(a.mask, line + p * a.mask_depth_stride)) : v;
   };
