@@ -116,7 +116,7 @@ class Digits:
         }
 
     def prepare(self) -> None:
-        """Pretrain on the unaltered digits, shifted by up to a pixel as augmentation."""
+        """Pretrain on the unaltered digits."""
         generator = torch.Generator().manual_seed(self.seed)
         torch.manual_seed(self.seed)
         model = VisionTransformer().to(self.device)
@@ -127,9 +127,7 @@ class Digits:
         images, labels = self.train
         for _ in tqdm(range(self.pretraining_steps), desc="pretraining", unit="step"):
             chosen = torch.randint(len(labels), (PRETRAINING_BATCH,), generator=generator)
-            down, right = torch.randint(-1, 2, (2,), generator=generator).tolist()
-            moved = torch.roll(images[chosen], (down, right), dims=(1, 2))
-            F.cross_entropy(model(moved), labels[chosen]).backward()
+            F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()

@@ -200,7 +200,9 @@ def plot(path: Path, document: dict[str, Any], task: Task) -> None:
             zip(("pretrained on", "fine-tuned to"), pictures(), strict=True)
         ):
             strip = figure.add_subplot(grid[0, column])
-            strip.imshow(torch.cat(list(images), dim=1), cmap="gray", vmin=0, vmax=1)
+            # A column of nothing between two images: matplotlib leaves NaN blank.
+            apart = torch.nn.functional.pad(images, (0, 2), value=float("nan"))
+            strip.imshow(torch.cat(list(apart), dim=1).numpy(), cmap="gray", vmin=0, vmax=1)
             strip.set_title(title, fontsize=10)
             strip.axis("off")
     accuracy = figure.add_subplot(grid[-2, 0])
@@ -227,13 +229,14 @@ def plot(path: Path, document: dict[str, Any], task: Task) -> None:
         memory.bar(i, state, color="none", edgecolor="black", hatch="///", width=0.6)
         memory.text(i, peak, f"{peak:.0f}", ha="center", va="bottom")
     before = 100 * statistics.mean(rows[0]["accuracy before"])
-    accuracy.axhline(before, color="black", linestyle=":", label=f"before: {before:.1f} %")
-    accuracy.set(title="Held-out accuracy after fine-tuning (%)", ylim=(0, 100))
-    accuracy.legend(loc="lower right", fontsize=8)
+    accuracy.axhline(before, color="black", linestyle=":")
+    accuracy.text(0.5, before + 1.5, f"before:\n{before:.1f} %", ha="center", fontsize=8)
+    accuracy.set(title="Held-out accuracy after fine-tuning (%; a line per run)", ylim=(0, 100))
     loss.set(title="Training loss, mean over the runs", xlabel="step", yscale="log")
     loss.legend(fontsize=8)
     speed.set_title("Milliseconds a step (median and quartiles)")
     memory.set_title("Peak memory, MiB (hatched: optimizer state)")
+    memory.margins(y=0.12)
     for axes in (accuracy, speed, memory):
         axes.set_xticks(range(len(rows)), labels, fontsize=9)
     for axes in (accuracy, loss, speed, memory):

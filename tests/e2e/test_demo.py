@@ -173,7 +173,7 @@ def test_minilm_on_real_text(data: Path, tmp_path: Path) -> None:
         ("d.csv", b"sentence,label\na,1\n", "the columns text and label, got sentence, label"),
         ("d.csv", b"text,label\na,1\nb\n", "line 3: expected 2 fields"),
         ("d.csv", b"text,label\na,1,2\n", "line 2: expected 2 fields"),
-        ("d.csv", b'text,label\n"a,1\n', "line 2: unexpected end of data"),
+        ("d.csv", b'text,label\n"a,1\n', "line 1: unexpected end of data"),
         ("d.tsv", b"", "got an empty file"),
     ],
 )
