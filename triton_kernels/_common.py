@@ -42,8 +42,10 @@ def why_no_triton(tensor: torch.Tensor) -> str | None:
         return None
     if tensor.device.type != "cuda":
         return f"Triton needs a CUDA device, not {tensor.device.type}; TRITON_INTERPRET=1 does not"
+    if torch.version.hip is not None:
+        return "the kernels are neither tuned nor tested on ROCm"
     capability = device_of(tensor).capability
-    if torch.version.hip is None and capability < (8, 0):
+    if capability < (8, 0):
         return f"needs compute capability 8.0, this device has {capability[0]}.{capability[1]}"
     return None
 

@@ -263,6 +263,8 @@ def _meta(launch: Launch, adapter: torch.Tensor) -> dict[str, Any]:
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
         "enable_fp_fusion": True,
+        # Left alone, ptxas spills a few bytes to reach its next step of occupancy.
+        "maxnreg": 255,
     }
 
 

@@ -37,7 +37,7 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.int64: "*i64",
 }
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 # M, N, K: sizes that are multiples of 16, sizes that are multiples of nothing, sizes of which
 # dropout can serve 8 elements at a time and Triton cannot know the alignment.
 ALIGNMENTS = {"aligned": (4096, 2048, 1024), "odd": (4095, 2047, 1023), "eight": (4095, 2056, 1032)}
