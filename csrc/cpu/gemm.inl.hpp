@@ -49,7 +49,8 @@ constexpr int kTileColumns = 2 * kLanes;
 // passes by.
 constexpr int64_t kDepthItems = 384;
 // The low-rank products are a small part of the work and a large part of the gradients' error.
-constexpr int64_t kShortDepthItems = 64;
+// Not a power of two, or the packed strips would compete for the same sets of the cache.
+constexpr int64_t kShortDepthItems = 72;
 constexpr int kBlockRows = kTileRows * (224 / kTileRows);
 constexpr int kBlockColumns = 256;
 // How far ahead packing asks for memory: the hardware does not foresee so many streams at once.
