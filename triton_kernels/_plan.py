@@ -64,7 +64,7 @@ TILES = {
     ("update", True): {16: (64, 128, 8, 1), 32: (64, 128, 8, 1)},
     ("update", False): {16: (32, 32, 4, 1)},
     ("gradient", True): {16: (64, 128, 8, 3), 32: (64, 128, 8, 3), 64: (64, 128, 8, 3)},
-    ("gradient", False): {16: (32, 64, 4, 2), 32: (32, 64, 4, 2)},
+    ("gradient", False): {16: (32, 64, 8, 2), 32: (32, 64, 8, 2)},
 }
 
 # Largest tile (rows, columns) whose every element needs its own call of Philox: 64 bits of counter
