@@ -95,7 +95,7 @@ class Digits:
         self.batch = 128
         self.per_class = 16
         self.steps = 16 if quick else 60
-        self.pretraining_steps = 80 if quick else 240
+        self.pretraining_steps = 60 if quick else 160
         self.learning_rates = {"full": 1e-3, "adapter": 6e-3}
 
     @property
