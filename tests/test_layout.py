@@ -90,6 +90,7 @@ def test_a_file_can_be_held_in_the_head(path: Path) -> None:
         assert len(line) <= LONGEST_LINE, f"line {number} has {len(line)} characters"
 
 
+# cast_impl is what Triton's interpreter calls the method that the tests repair.
 BANNED = {
     "a torch header in csrc": (r'#include *[<"](torch|ATen|c10)/', "csrc/"),
     "a build flag for an instruction set": (r"(?<!No )-mavx|-march=native|-ffast-math", "CMake"),
@@ -97,7 +98,7 @@ BANNED = {
     "a bare except": (r"except *:", ""),
     "unpickling": (r"weights_only *= *False|pickle\.loads?\(", "pyfastft/"),
     "something left for later": (r"\b(TODO|FIXME|XXX)\b", ""),
-    "a numbered or boasting name": (r"def \w+(_v\d+|_new|_fast|_impl|_old)\b", ""),
+    "a numbered or boasting name": (r"def (?!cast_impl)\w+(_v\d+|_new|_fast|_impl|_old)\b", ""),
     "a launch-time autotuner": (r"@triton\.autotune", ""),
 }
 
