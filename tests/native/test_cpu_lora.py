@@ -243,6 +243,10 @@ def test_bits_do_not_depend_on_threads_or_runs(size, precision: Precision) -> No
             assert_exact(actual, expected, f"run {repeat}")
 
 
+def test_operands_too_large_to_be_packed_at_once() -> None:
+    assert_agrees(FORWARD, forward_arguments(1000, 1200, 4200, 4, FLOAT32))
+
+
 def test_rows_do_not_depend_on_each_other(level: str) -> None:
     """An infinite weight or input stays in its own row and column: packing pads with zeros."""
     x, weight, *rest = forward_arguments(43, 35, 20, 3, FLOAT32, p=0.0)
