@@ -59,7 +59,7 @@ PROGRAMS_PER_MULTIPROCESSOR = 2
 # Above 32 ranks float32 is bound by arithmetic: reading the wide matrix once per 32 costs nothing.
 # In half precision it is read once per 64: tiles of 128 ranks spill on one architecture or another.
 TILES = {
-    ("project", True): {16: (64, 64, 4, 4), 32: (64, 64, 4, 4), 64: (64, 64, 4, 4)},
+    ("project", True): {16: (64, 64, 4, 4), 32: (64, 64, 8, 4), 64: (64, 64, 8, 4)},
     ("project", False): {16: (32, 32, 4, 1), 32: (32, 32, 4, 1)},
     ("update", True): {16: (64, 128, 8, 1), 32: (64, 128, 8, 1)},
     ("update", False): {16: (32, 32, 4, 1)},
