@@ -32,12 +32,14 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def expect_dense(op: str, arg: str, value: object) -> None:
-    """TypeError unless ``value`` is a dense tensor."""
+def expect_dense(op: str, arg: str, value: object, device: torch.device | None = None) -> None:
+    """TypeError unless ``value`` is a dense tensor, ValueError unless it is on ``device``."""
     if not isinstance(value, torch.Tensor):
         reject(op, arg, "type Tensor", type(value).__name__, error=TypeError)
     if value.layout is not torch.strided:
         reject(op, arg, "a dense layout", value.layout, error=TypeError)
+    if device is not None and value.device != device:
+        reject(op, arg, f"device {device}", value.device, because="to match the first argument")
 
 
 def expect_dtype(
@@ -51,12 +53,6 @@ def expect_dtype(
     if tensor.dtype not in dtypes:
         what = "dtype " + " or ".join(map(name_of, dtypes))
         reject(op, arg, what, name_of(tensor.dtype), because=because, error=TypeError)
-
-
-def expect_device(op: str, arg: str, tensor: torch.Tensor, device: torch.device) -> None:
-    """ValueError unless the tensor lies on ``device``."""
-    if tensor.device != device:
-        reject(op, arg, f"device {device}", tensor.device, because="to match the first argument")
 
 
 def expect_shape(

@@ -392,7 +392,11 @@ def _is_plain(args: tuple[Any, ...]) -> bool:
         return False
     for arg in args:
         kind = type(arg)
-        if kind is torch.Tensor or kind is torch.nn.Parameter:
+        if kind is torch.nn.Parameter:
+            # Wrapped tensors are never of this type, and the contract sees layout and device.
+            if arg.is_neg():
+                return False
+        elif kind is torch.Tensor:
             if _C._dispatch_keys(arg).raw_repr() not in _PLAIN_KEYSETS:
                 return False
         elif isinstance(arg, torch.Tensor):

@@ -11,7 +11,6 @@ from pyfastft import _alloc
 from pyfastft._check import (
     FLOATS,
     expect_dense,
-    expect_device,
     expect_dtype,
     expect_shape,
     reject,
@@ -49,10 +48,9 @@ def lora_linear(
         because = f"to match weight (N, K) = ({n}, {k})"
         reject(op, "x", f"shape (..., {k})", tuple(x.shape), because=because)
     if bias is not None:
-        expect_dense(op, "bias", bias)
+        expect_dense(op, "bias", bias, x.device)
         expect_shape(op, "bias", bias, (n,), "to match the rows of weight")
         expect_dtype(op, "bias", bias, (x.dtype,), "to match x")
-        expect_device(op, "bias", bias, x.device)
     leading = x.shape[:-1]
     return _alloc.empty((*leading, n), like=x), _alloc.empty((*leading, r), like=lora_a)
 
@@ -89,17 +87,15 @@ def lora_linear_backward(
     if x is None and (need[1] or need[2]):
         reject(op, "x", "type Tensor", "None", because="to compute dW or dA", error=TypeError)
     if x is not None:
-        expect_dense(op, "x", x)
+        expect_dense(op, "x", x, grad.device)
         expect_shape(op, "x", x, (*leading, k), "to match grad")
         expect_dtype(op, "x", x, (grad.dtype,), "to match grad")
-        expect_device(op, "x", x, grad.device)
     if xa is None and (need[3] or need[5]):
         reject(op, "xa", "type Tensor", "None", because="to compute dB or ds", error=TypeError)
     if xa is not None:
-        expect_dense(op, "xa", xa)
+        expect_dense(op, "xa", xa, grad.device)
         expect_shape(op, "xa", xa, (*leading, r), "to match grad and lora_a")
         expect_dtype(op, "xa", xa, (lora_a.dtype,), "to match lora_a")
-        expect_device(op, "xa", xa, grad.device)
     return (
         _alloc.empty((*leading, k) if need[0] else (0,), like=grad),
         _alloc.empty((n, k) if need[1] else (0,), like=weight),
@@ -123,12 +119,12 @@ def _expect_operands(
 ) -> tuple[int, int, int]:
     """Check what both directions share; x leads the forward, the gradient the backward."""
     expect_dense(op, lead_name, lead)
-    expect_dense(op, "weight", weight)
-    expect_dense(op, "lora_a", lora_a)
-    expect_dense(op, "lora_b", lora_b)
-    expect_dense(op, "scaling", scaling)
-    assert scaling is not None
     dtype, device = lead.dtype, lead.device
+    expect_dense(op, "weight", weight, device)
+    expect_dense(op, "lora_a", lora_a, device)
+    expect_dense(op, "lora_b", lora_b, device)
+    expect_dense(op, "scaling", scaling, device)
+    assert scaling is not None
     if dtype not in FLOATS:
         expect_dtype(op, lead_name, lead, FLOATS)
     if lead.dim() == 0:
@@ -158,18 +154,12 @@ def _expect_operands(
     if scaling.dtype is not wide:
         expect_dtype(op, "scaling", scaling, (wide,), beside)
 
-    expect_device(op, "weight", weight, device)
-    expect_device(op, "lora_a", lora_a, device)
-    expect_device(op, "lora_b", lora_b, device)
-    expect_device(op, "scaling", scaling, device)
-
     if not 0.0 <= p <= 1.0:
         reject(op, "p", "a probability", p)
     if rng is not None:
-        expect_dense(op, "rng", rng)
+        expect_dense(op, "rng", rng, device)
         expect_shape(op, "rng", rng, (2,), "(seed, offset)")
         expect_dtype(op, "rng", rng, (torch.int64,))
-        expect_device(op, "rng", rng, device)
     elif p and dropout_threshold(p):
         reject(op, "rng", "type Tensor", "None", because=f"to drop with p = {p}", error=TypeError)
     return n, k, r
