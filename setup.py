@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,12 @@ def find_nvcc() -> str | None:
 def find_tool(name: str) -> str | None:
     """A build tool on the PATH, or beside this Python, whose environment may not be activated."""
     return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+
+
+def version_of(nvcc: str) -> str:
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release \S+ (\S+)", told)
+    return found[1] if found else "of unknown version"
 
 
 def why_no_compiler() -> str | None:
@@ -79,8 +86,11 @@ class CMakeBuild(build_ext):
         why_no_cpu = self.compile(package, ["_cpu"], None)
         if why_no_cpu:
             raise RuntimeError(f"the CPU extension does not build: {why_no_cpu}")
-        cuda = {"built": False, "why": why_no_cuda} if why_no_cuda else {"built": True}
-        return {"cpu": {"built": True}, "cuda": cuda}
+        if nvcc is None or why_no_cuda:
+            for stale in package.glob("_cuda.*.so"):
+                stale.unlink()
+            return {"cpu": {"built": True}, "cuda": {"built": False, "why": why_no_cuda}}
+        return {"cpu": {"built": True}, "cuda": {"built": True, "nvcc": version_of(nvcc)}}
 
     def compile(self, package: Path, targets: list[str], nvcc: str | None) -> str | None:
         """Configure and build some targets; the reason where that fails."""
