@@ -31,13 +31,13 @@ def error(actual: torch.Tensor, truth: torch.Tensor) -> float:
     finite = truth.isfinite()
     if not bool(finite.any()):
         return 0.0
-    return float((actual.double() - truth.double())[finite].abs().max())
+    return float((actual.detach().double() - truth.detach().double())[finite].abs().max())
 
 
 def accuracy_bound(truth: torch.Tensor, naive: torch.Tensor, *, gradient: bool = False) -> float:
     """How large an op's error may be, given the truth and the naive result in the op's dtype."""
     factor = GRADIENT_FACTOR if gradient else FORWARD_FACTOR
-    finite = truth[truth.isfinite()]
+    finite = truth.detach()[truth.isfinite()]
     largest = float(finite.abs().max()) if finite.numel() else 0.0
     return factor * error(naive, truth) + torch.finfo(naive.dtype).eps * largest
 
