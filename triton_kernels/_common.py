@@ -41,7 +41,8 @@ def why_no_triton(tensor: torch.Tensor) -> str | None:
     if INTERPRETED:
         return None
     if tensor.device.type != "cuda":
-        return f"Triton needs a CUDA device, not {tensor.device.type}; TRITON_INTERPRET=1 does not"
+        where = tensor.device.type
+        return f"Triton needs a CUDA device, not {where}, unless TRITON_INTERPRET=1 is set"
     if torch.version.hip is not None:
         return "the kernels are neither tuned nor tested on ROCm"
     capability = device_of(tensor).capability
