@@ -393,7 +393,7 @@ def _is_plain(args: tuple[Any, ...]) -> bool:
     for arg in args:
         kind = type(arg)
         if kind is torch.nn.Parameter:
-            # Wrapped tensors are never of this type, and the contract sees layout and device.
+            # No mode or transform wraps into this type, and the contract sees layout and device.
             if arg.is_neg():
                 return False
         elif kind is torch.Tensor:

@@ -79,6 +79,7 @@ def test_whatever_could_intercept_takes_the_long_way(wrapper: str) -> None:
 UNUSUAL = {
     "subclass": lambda t: t.as_subclass(Subclass),
     "negative view": torch._neg_view,
+    "negative parameter": lambda t: torch.nn.Parameter(torch._neg_view(t)),
     "meta": lambda t: t.to("meta"),
     "sparse": lambda t: t.to_sparse(),
     "functional": torch._to_functional_tensor,
