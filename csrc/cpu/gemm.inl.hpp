@@ -1,27 +1,16 @@
 // The GEMM core: C[i, j] = sum over products q and depth p of rows_q[i, p] * columns_q[j, p].
 //
-// Every operand is a list of lines (rows of C on the left, columns of C on the right), cut into
-// strips and packed by its producer, Operand::pack, as [depth item][kLanes lines] of 32-bit items:
-// an item is a float, or two bf16 values next to each other in depth. A producer may read dense
-// memory at any strides, or make the values up (from codes, blocks, a mask). A register tile is
-// one strip of at most kTileRows rows by one or two strips of columns.
+// Both operands are packed in strips, and a register tile is one strip of at most kTileRows rows by
+// one or two strips of columns. Where there are few rows, columns are read in place instead.
 //
 // An element of C is summed in one order, whatever the sizes of tiles and the number of threads:
 // blocks of Product::block items, each from zero, added up in sequence. Blocks from zero also keep
 // the rounding error at that of a short sum. A product may come first to be scaled and masked in
 // float32 (the low-rank update) before the next is added.
-namespace {
+#include "cpu/operand.inl.hpp"
+#include "cpu/stream.inl.hpp"
 
-struct Operand {
-  const void* data;
-  int64_t line_stride, depth_stride;  // in elements
-  // Packs lines [line, line + lines), lines <= kLanes, depth [begin, end), into `strip`; missing
-  // lines and the missing half of a last pair are zeros. `begin` is even.
-  void (*pack)(const Operand&, int64_t line, int lines, int64_t begin, int64_t end, float* strip);
-  bool short_runs;  // lines are neighbours in memory: many of them are packed a few items at a time
-  const uint8_t* mask;  // of dropout, or null: an element's index is that of these strides
-  int64_t mask_line_stride, mask_depth_stride;
-};
+namespace {
 
 struct Product {
   Operand rows, columns;
@@ -52,126 +41,10 @@ constexpr int64_t kDepthItems = 384;
 // Not a power of two, or the packed strips would compete for the same sets of the cache.
 constexpr int64_t kShortDepthItems = 72;
 constexpr int kBlockRows = kTileRows * (224 / kTileRows);
-constexpr int kBlockColumns = 256;
-// How far ahead packing asks for memory: the hardware does not foresee so many streams at once.
-constexpr int64_t kPrefetchBytes = 512;
-// Items of depth that a strip is packed by where its neighbours share its rows of memory.
-constexpr int64_t kShortRun = 16;
 // Packed operands larger than this are made in parts.
 constexpr int64_t kPanelBytes = int64_t(16) << 20;
 // Fewer multiply-adds than this are not worth waking a thread for.
 constexpr int64_t kSerialWork = int64_t(1) << 18;
-
-// ---- dense producers -----------------------------------------------------------------------
-
-inline Operand dense(const void* data, int64_t line_stride, int64_t depth_stride) {
-  return {data, line_stride, depth_stride, nullptr, false, nullptr, 0, 0};
-}
-
-// n values from p that are neighbours in depth, as items; bits selects.
-template <bool kPairs, class T>
-FT_INLINE Vec load_items(const T* p, int n) {
-#if FT_BF16_DOT
-  if constexpr (kPairs) return load_pairs(p, n);
-#endif
-  return load(p, n);
-}
-template <bool kPairs>
-FT_INLINE Vec select_items(Vec v, uint32_t bits) {
-#if FT_BF16_DOT
-  if constexpr (kPairs) return select_pairs(v, bits);
-#endif
-  return select(v, bits);
-}
-
-// Lines whose values are neighbours in memory: transposed in registers.
-template <class T, bool kPairs, bool kMasked>
-void pack_lines(const Operand& a, int64_t line, int lines, int64_t begin, int64_t end,
-                float* strip) {
-  constexpr int kPerItem = kPairs ? 2 : 1, kStep = kLanes * kPerItem;
-  const T* const data = static_cast<const T*>(a.data) + line * a.line_stride;
-  for (int64_t p = begin; p < end; p += kStep) {
-    const int n = int(lesser(kStep, end - p));
-    Vec items[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      items[i] = zero();
-      if (i >= lines) continue;
-      const T* from = data + i * a.line_stride + p;
-      __builtin_prefetch(from + kPrefetchBytes / sizeof(T));
-      items[i] = load_items<kPairs>(from, n);
-      if (kMasked)
-        items[i] =
-            select_items<kPairs>(items[i], keep_bits(a.mask, (line + i) * a.mask_line_stride + p));
-    }
-    transpose(items);
-    const int used = (n + kPerItem - 1) / kPerItem;
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i)
-      if (i < used) store(strip + i * kLanes, items[i]);
-    strip += used * kLanes;
-  }
-}
-
-// Lines that are neighbours in memory: copied.
-template <class T, bool kPairs>
-void pack_across(const Operand& a, int64_t line, int lines, int64_t begin, int64_t end,
-                 float* strip) {
-  const T* const data = static_cast<const T*>(a.data) + line;
-  const auto items = [&](int64_t p) {
-    __builtin_prefetch(data + (p + kShortRun) * a.depth_stride);
-    const Vec v = load(data + p * a.depth_stride, lines);
-    return a.mask ? select(v, keep_bits(a.mask, line + p * a.mask_depth_stride)) : v;
-  };
-  if constexpr (kPairs) {
-#if FT_BF16_DOT
-    for (int64_t p = begin; p < end; p += 2, strip += kLanes)
-      store(strip, zip_pairs(items(p), p + 1 < end ? items(p + 1) : zero()));
-#endif
-  } else {
-    for (int64_t p = begin; p < end; ++p, strip += kLanes) store(strip, items(p));
-  }
-}
-
-// Any strides: gathered into short lines first.
-template <class T, bool kPairs>
-void pack_gathered(const Operand& a, int64_t line, int lines, int64_t begin, int64_t end,
-                   float* strip) {
-  constexpr int kPerItem = kPairs ? 2 : 1, kRun = 4 * kLanes * kPerItem;
-  T gathered[kLanes * kRun];
-  for (int64_t p = begin; p < end; p += kRun) {
-    const int n = int(lesser(kRun, end - p));
-    for (int i = 0; i < lines; ++i)
-      for (int q = 0; q < n; ++q) {
-        const int64_t element = (line + i) * a.mask_line_stride + (p + q) * a.mask_depth_stride;
-        const bool kept = !a.mask || keep_bits(a.mask, element) & 1;
-        const T* from =
-            static_cast<const T*>(a.data) + (line + i) * a.line_stride + (p + q) * a.depth_stride;
-        gathered[i * kRun + q] = kept ? *from : T{};
-      }
-    const Operand run = dense(gathered, kRun, 1);
-    pack_lines<T, kPairs, false>(run, 0, lines, 0, n, strip);
-    strip += (n + kPerItem - 1) / kPerItem * kLanes;
-  }
-}
-
-template <class T, bool kPairs>
-auto dense_packer(const Operand& a) {
-  if (a.depth_stride == 1 && !a.mask) return pack_lines<T, kPairs, false>;
-  if (a.depth_stride == 1 && a.mask_depth_stride == 1) return pack_lines<T, kPairs, true>;
-  if (a.line_stride == 1 && (!a.mask || a.mask_line_stride == 1)) return pack_across<T, kPairs>;
-  return pack_gathered<T, kPairs>;
-}
-
-inline void choose_packer(Operand& a, int32_t dtype, bool pairs) {
-  a.short_runs = a.depth_stride != 1;
-  if (dtype == FT_FLOAT32)
-    a.pack = dense_packer<float, false>(a);
-  else if (dtype == FT_FLOAT16)
-    a.pack = dense_packer<fp16, false>(a);
-  else
-    a.pack = pairs ? dense_packer<bf16, FT_BF16_DOT>(a) : dense_packer<bf16, false>(a);
-}
 
 // The product of two dense operands. Both bf16: multiplied as pairs where the level can, otherwise
 // widened to float32.
@@ -180,6 +53,7 @@ inline Product product(Operand rows, int32_t rows_dtype, Operand columns, int32_
   const bool pairs = FT_BF16_DOT && rows_dtype == FT_BFLOAT16 && columns_dtype == FT_BFLOAT16;
   choose_packer(rows, rows_dtype, pairs);
   choose_packer(columns, columns_dtype, pairs);
+  columns.stream = choose_stream(columns, columns_dtype, pairs);
   return {rows, columns, depth, pairs, block};
 }
 
@@ -372,9 +246,14 @@ struct Gemm {
   int count;
   const Result* c;
   Strips rows, columns;
+  bool few_rows;  // columns that can be read in place are
   float* row_panels[kMaxProducts];
   float* column_panels[kMaxProducts];  // null: every tile packs its own columns
 };
+
+inline void clear(float* tile, int rows) {
+  for (int at = 0; at < rows * kBlockColumns; ++at) tile[at] = 0.0f;
+}
 
 // Row strips [i0, i1) by column strips [j0, j1), at most kBlockRows x kBlockColumns.
 inline void compute_block(const Gemm& g, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
@@ -385,7 +264,14 @@ inline void compute_block(const Gemm& g, int64_t i0, int64_t i1, int64_t j0, int
   const int columns = int(lesser(g.columns.line(j1), g.columns.end) - j);
   for (int q = 0; q < g.count; ++q) {
     const Product& product = g.products[q];
-    const int64_t items = items_of(product);
+    const bool streamed = g.few_rows && product.columns.stream;
+    if (streamed) {
+      if (!accumulate) clear(tile, g.rows.height);
+      product.columns.stream(product.columns, g.row_panels[q], rows, j, columns, product.depth,
+                             tile);
+      accumulate = true;
+    }
+    const int64_t items = streamed ? 0 : items_of(product);
     for (int64_t p = 0; p < items; p += product.block) {
       const int64_t block = lesser(product.block, items - p), strip_floats = block * kLanes;
       const float* row_block = g.row_panels[q] + p * g.rows.count() * kLanes;
@@ -406,8 +292,7 @@ inline void compute_block(const Gemm& g, int64_t i0, int64_t i1, int64_t j0, int
     if (q == 0 && accumulate && (g.c->scale != 1.0f || g.c->mask))
       scale_and_mask(*g.c, tile, i, j, rows, columns);
   }
-  if (!accumulate)
-    for (int64_t at = 0; at < int64_t(rows) * kBlockColumns; ++at) tile[at] = 0.0f;
+  if (!accumulate) clear(tile, rows);
   g.c->store(*g.c, tile, i, j, rows, columns);
 }
 
@@ -449,7 +334,7 @@ inline void gemm(int64_t rows, int64_t columns, const Product* products, int cou
   float* const workers =
       static_cast<float*>(scratch(Scratch::kWorkers, threads * kWorker * int64_t(sizeof(float))));
 
-  Gemm g{products, count, &c, {0, 0, strip_height}, {0, 0, kLanes}, {}, {}};
+  Gemm g{products, count, &c, {0, 0, strip_height}, {0, 0, kLanes}, rows <= kStreamedRows, {}, {}};
   for (int64_t j = 0; j < columns; j += columns_at_once) {
     g.columns.begin = j;
     g.columns.end = lesser(columns, j + columns_at_once);

@@ -110,6 +110,11 @@ SIZES = [
     (57, 257, 385, 33),
     (450, 34, 100, 2),
     (33, 20, 1537, 4),
+    # Few rows, whose columns are read in place: one run of depth or several.
+    (1, 260, 1025, 8),
+    (3, 1031, 270, 2),
+    (4, 255, 2055, 1),
+    (5, 40, 1030, 4),
 ]
 
 
@@ -123,8 +128,9 @@ def test_sizes_around_the_tiles(level: str, size, precision: Precision) -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS[:3], ids=str)
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "strided-everything"])
-def test_strides(level: str, layout: str, precision: Precision) -> None:
-    m, n, k, r = 37, 50, 67, 5
+@pytest.mark.parametrize("m", [1, 3, 37])
+def test_strides(level: str, m: int, layout: str, precision: Precision) -> None:
+    n, k, r = 50, 67, 5
     dtype = precision.base
     forward = list(forward_arguments(m, n, k, r, precision, p=0.3))
     grad = draw(m, n, dtype=dtype)
@@ -230,7 +236,9 @@ def test_dropped_elements_are_not_read_and_kept_ones_are(level: str) -> None:
 
 
 @pytest.mark.parametrize("precision", [FLOAT32, BFLOAT16], ids=str)
-@pytest.mark.parametrize("size", [(1, 300, 500, 16), (230, 300, 200, 20), (500, 100, 96, 8)])
+@pytest.mark.parametrize(
+    "size", [(1, 300, 500, 16), (3, 1100, 700, 4), (230, 300, 200, 20), (500, 100, 96, 8)]
+)
 def test_bits_do_not_depend_on_threads_or_runs(size, precision: Precision) -> None:
     forward = forward_arguments(*size, precision)
     backward = backward_arguments(forward)
