@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -495,7 +496,9 @@ def test_pytest_benchmark_files_use_the_same_timer(tmp_path: Path) -> None:
     stored = tmp_path / "stored.json"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["benchmarks", f"--benchmark-json={stored}", "-k", "384 and float32"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    # A worker of pytest-xdist hands its variables on, and there pytest-benchmark stays idle.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=own, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     (one,) = json.loads(stored.read_text())["benchmarks"]
     row = one["extra_info"]

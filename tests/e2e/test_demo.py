@@ -33,9 +33,10 @@ def expect_sound(document: dict[str, Any], folder: Path) -> None:
     for row in document["methods"]:
         assert len(row["accuracy after"]) == document["runs"]
         assert row["ms per step"] > 0
-        # Two float32 moments per trained parameter, and a step count per tensor.
+        # Two float32 moments per trained parameter, and a step count per tensor; none for what
+        # gets no gradient, as an encoder's pooler.
         moments = 8 * row["trained parameters"]
-        assert moments <= row["optimizer bytes"] < 1.01 * moments + 4096
+        assert 0.98 * moments <= row["optimizer bytes"] < 1.01 * moments + 4096
         assert row["peak bytes"] > 4 * row["parameters"] + row["optimizer bytes"]
     assert ours["trained parameters"] == plain["trained parameters"]
     assert ours["trained parameters"] < full["trained parameters"] / 4
