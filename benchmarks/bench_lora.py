@@ -64,11 +64,12 @@ class Operands:
         def normal(*shape: int, std: float = 1.0) -> torch.Tensor:
             return (torch.randn(shape, device=device) * std).to(dtype)
 
+        # Parameters where a layer has them.
         return cls(
             x=normal(m, k).requires_grad_(),
-            weight=normal(n, k, std=k**-0.5),
-            lora_a=normal(case.rank, k, std=k**-0.5).requires_grad_(),
-            lora_b=normal(n, case.rank, std=case.rank**-0.5).requires_grad_(),
+            weight=torch.nn.Parameter(normal(n, k, std=k**-0.5), requires_grad=False),
+            lora_a=torch.nn.Parameter(normal(case.rank, k, std=k**-0.5)),
+            lora_b=torch.nn.Parameter(normal(n, case.rank, std=case.rank**-0.5)),
             scaling=torch.full((), _SCALING, device=device),
             grad=normal(m, n),
         )

@@ -15,4 +15,4 @@ def empty(
     Never ``empty_like``: outputs are contiguous whatever the strides of the inputs, so that real
     and fake tensors agree.
     """
-    return like.new_empty(shape, dtype=dtype)
+    return like.new_empty(shape) if dtype is None else like.new_empty(shape, dtype=dtype)

@@ -32,14 +32,16 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def expect_dense(op: str, arg: str, value: object, device: torch.device | None = None) -> None:
-    """TypeError unless ``value`` is a dense tensor, ValueError unless it is on ``device``."""
-    if not isinstance(value, torch.Tensor):
-        reject(op, arg, "type Tensor", type(value).__name__, error=TypeError)
-    if value.layout is not torch.strided:
-        reject(op, arg, "a dense layout", value.layout, error=TypeError)
-    if device is not None and value.device != device:
-        reject(op, arg, f"device {device}", value.device, because="to match the first argument")
+def expect_dense(op: str, device: torch.device | None, **operands: object) -> None:
+    """TypeError unless all are dense tensors, ValueError unless they are on ``device``."""
+    for arg, value in operands.items():
+        if not isinstance(value, torch.Tensor):
+            reject(op, arg, "type Tensor", type(value).__name__, error=TypeError)
+        if value.layout is not torch.strided:
+            reject(op, arg, "a dense layout", value.layout, error=TypeError)
+        if device is not None and value.device != device:
+            because = "to match the first argument"
+            reject(op, arg, f"device {device}", value.device, because=because)
 
 
 def expect_dtype(

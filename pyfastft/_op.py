@@ -123,12 +123,8 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling() or self.mutates or not _is_plain(args):
             return self.overload(*args)
-        if torch.is_grad_enabled():
-            for arg in args:
-                if isinstance(arg, torch.Tensor) and arg.requires_grad:
-                    if self.eager is None:
-                        return self.overload(*args)
-                    return self.eager.apply(*args)
+        if torch.is_grad_enabled() and _any_requires_grad(args):
+            return self.overload(*args) if self.eager is None else self.eager.apply(*args)
         return self.run(*args)
 
     def run(self, *args: Any) -> Any:
@@ -161,14 +157,9 @@ class Op:
 
     def pick(self, args: tuple[Any, ...]) -> Impl:
         """The first backend of the device's order that can take the arguments."""
-        for arg in args:
-            if isinstance(arg, torch.Tensor):
-                device = arg.device.type
-                break
-        forced = _forced
-        order = ORDER[device] if forced is None else (forced,)
+        device = _device_of(args)
         reasons: list[str] = []
-        for name in order:
+        for name in ORDER[device] if _forced is None else (_forced,):
             found = self.impls.get(name) or self.impl(name)
             why = found if isinstance(found, str) else found.unsupported(*args)
             if why is None:
@@ -186,7 +177,7 @@ class Op:
         bound = inspect.signature(self.contract).bind(*args, **kwargs)
         bound.apply_defaults()
         values = tuple(bound.arguments.values())
-        device = next(v for v in values if isinstance(v, torch.Tensor)).device.type
+        device = _device_of(values)
         reasons: dict[str, str] = {}
         for name in ORDER[device] if _forced is None else (_forced,):
             found = self.impl(name)
@@ -214,6 +205,13 @@ class Op:
             for name, arg in zip(self.parameters, args, strict=False)
             if isinstance(arg, torch.Tensor)
         )
+
+
+def _device_of(args: tuple[Any, ...]) -> str:
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            return arg.device.type
+    raise TypeError("expected a tensor among the arguments, got none")
 
 
 REGISTRY: dict[str, Op] = {}
@@ -402,3 +400,10 @@ def _is_plain(args: tuple[Any, ...]) -> bool:
         elif isinstance(arg, torch.Tensor):
             return False
     return True
+
+
+def _any_requires_grad(args: tuple[Any, ...]) -> bool:
+    for arg in args:  # noqa: SIM110 - a generator would cost as much as the loop
+        if isinstance(arg, torch.Tensor) and arg.requires_grad:
+            return True
+    return False

@@ -56,6 +56,6 @@ def lora_linear(
     if not isinstance(scaling, torch.Tensor):
         dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
         scaling = torch.full((), scaling, dtype=dtype, device=x.device)
-    if rng is None and p == p and dropout_threshold(p):
+    if rng is None and 0.0 < p <= 1.0 and dropout_threshold(p):
         rng = draw_rng(x.device)
     return ops.lora_linear(x, weight, lora_a, lora_b, bias, scaling, p, rng)[0]

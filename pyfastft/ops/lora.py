@@ -48,7 +48,7 @@ def lora_linear(
         because = f"to match weight (N, K) = ({n}, {k})"
         reject(op, "x", f"shape (..., {k})", tuple(x.shape), because=because)
     if bias is not None:
-        expect_dense(op, "bias", bias, x.device)
+        expect_dense(op, x.device, bias=bias)
         expect_shape(op, "bias", bias, (n,), "to match the rows of weight")
         expect_dtype(op, "bias", bias, (x.dtype,), "to match x")
     leading = x.shape[:-1]
@@ -87,13 +87,13 @@ def lora_linear_backward(
     if x is None and (need[1] or need[2]):
         reject(op, "x", "type Tensor", "None", because="to compute dW or dA", error=TypeError)
     if x is not None:
-        expect_dense(op, "x", x, grad.device)
+        expect_dense(op, grad.device, x=x)
         expect_shape(op, "x", x, (*leading, k), "to match grad")
         expect_dtype(op, "x", x, (grad.dtype,), "to match grad")
     if xa is None and (need[3] or need[5]):
         reject(op, "xa", "type Tensor", "None", because="to compute dB or ds", error=TypeError)
     if xa is not None:
-        expect_dense(op, "xa", xa, grad.device)
+        expect_dense(op, grad.device, xa=xa)
         expect_shape(op, "xa", xa, (*leading, r), "to match grad and lora_a")
         expect_dtype(op, "xa", xa, (lora_a.dtype,), "to match lora_a")
     return (
@@ -118,12 +118,9 @@ def _expect_operands(
     rng: torch.Tensor | None,
 ) -> tuple[int, int, int]:
     """Check what both directions share; x leads the forward, the gradient the backward."""
-    expect_dense(op, lead_name, lead)
+    expect_dense(op, None, **{lead_name: lead})
     dtype, device = lead.dtype, lead.device
-    expect_dense(op, "weight", weight, device)
-    expect_dense(op, "lora_a", lora_a, device)
-    expect_dense(op, "lora_b", lora_b, device)
-    expect_dense(op, "scaling", scaling, device)
+    expect_dense(op, device, weight=weight, lora_a=lora_a, lora_b=lora_b, scaling=scaling)
     assert scaling is not None
     if dtype not in FLOATS:
         expect_dtype(op, lead_name, lead, FLOATS)
@@ -157,7 +154,7 @@ def _expect_operands(
     if not 0.0 <= p <= 1.0:
         reject(op, "p", "a probability", p)
     if rng is not None:
-        expect_dense(op, "rng", rng, device)
+        expect_dense(op, device, rng=rng)
         expect_shape(op, "rng", rng, (2,), "(seed, offset)")
         expect_dtype(op, "rng", rng, (torch.int64,))
     elif p and dropout_threshold(p):
