@@ -266,9 +266,10 @@ def call_overhead_without_gradient(case: Case, device: torch.device) -> dict[str
 def _call_us(case: Case, device: torch.device, *, gradient: bool) -> dict[str, float]:
     operands = Operands.draw(case, device)
     x, w, a, b = operands.x, operands.weight, operands.lora_a, operands.lora_b
+    scaling, p = operands.scaling, case.p
     forwards: dict[str, Callable[[], Any]] = {
-        OURS: lambda: operands.ours(case.p),
-        "pytorch": lambda: _dropped_expression(x, w, a, b, case.p),
+        OURS: lambda: ft.lora_linear(x, w, a, b, scaling=scaling, p=p),
+        "pytorch": lambda: _dropped_expression(x, w, a, b, p),
     }
     with torch.set_grad_enabled(gradient):
         times = interleave(

@@ -47,6 +47,7 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
         return None, f"pyfastft.{name} was not built: {record.get('why', 'no record of why')}"
 
 
+@functools.cache
 def cpu() -> ModuleType:
     """The CPU extension. Only after ``why_no_cpu()`` returned None."""
     module = _load("_cpu")[0]
@@ -54,6 +55,7 @@ def cpu() -> ModuleType:
     return module
 
 
+@functools.cache
 def cuda() -> ModuleType:
     """The CUDA extension. Only after ``why_no_cuda()`` returned None."""
     module = _load("_cuda")[0]
@@ -61,6 +63,7 @@ def cuda() -> ModuleType:
     return module
 
 
+@functools.cache
 def why_no_cpu() -> str | None:
     """Why the CPU extension cannot be used, or None where it can."""
     module, why = _load("_cpu")

@@ -131,7 +131,7 @@ class Op:
         """The real implementation: the contract, then the backend that can take the arguments."""
         outputs = self.contract(*args)
         launch = self.pick(args).launch
-        if isinstance(outputs, tuple):
+        if type(outputs) is tuple:
             launch(*outputs, *args)
         elif outputs is None:
             launch(*args)
