@@ -47,8 +47,9 @@ def lora_linear(
         NotImplementedError: no backend can run the arguments; lists every backend's reason.
 
     Note:
-        Deterministic, and on CPU independent of the number of threads. The backward saves x,
-        dropout(x) A^T and 16 bytes; it cannot be differentiated again.
+        Deterministic, and on CPU independent of the number of threads; another layout of the same
+        values may be summed in another order. The backward saves x, dropout(x) A^T and 16 bytes;
+        it cannot be differentiated again.
 
     Reference:
         Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", equation 3.
