@@ -139,6 +139,10 @@ setup(
             for path in sorted((ROOT / "pyfastft").glob("*/**/__init__.py"))
         ),
         "pyfastft.triton_kernels",
+        *(
+            f"pyfastft.triton_kernels.{path.parent.name}"
+            for path in sorted((ROOT / "triton_kernels").glob("*/__init__.py"))
+        ),
         "pyfastft.benchmarks",
     ],
     package_dir={

@@ -26,8 +26,8 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_source
 
 import pyfastft.ops  # noqa: F401  the operators, before their implementations
-from pyfastft.triton_kernels import lora
 from pyfastft.triton_kernels._plan import Device
+from pyfastft.triton_kernels.lora import _stages
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 POINTERS = {
@@ -62,10 +62,10 @@ class Recorder:
 
 def record_launches(m: int, n: int, k: int, r: int, base: str, adapter: str) -> list:
     """The launches of all stages, with dropout and without."""
-    kernels = {name: value for name, value in vars(lora).items() if name.endswith("_kernel")}
+    kernels = {name: value for name, value in vars(_stages).items() if name.endswith("_kernel")}
     launches: list = []
     for name, kernel in kernels.items():
-        setattr(lora, name, Recorder(kernel, launches))
+        setattr(_stages, name, Recorder(kernel, launches))
 
     def wide(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=DTYPES[base], device="meta")
@@ -75,7 +75,7 @@ def record_launches(m: int, n: int, k: int, r: int, base: str, adapter: str) -> 
 
     x, y, a, b, xa = wide(m, k), wide(m, n), thin(r, k), thin(n, r), thin(m, r)
     t, scaling = thin(m, r, dtype=torch.float32), thin(1, dtype=torch.float32)
-    stages = lora.TritonStages(Device(multiprocessors=132, capability=(9, 0)))
+    stages = _stages.TritonStages(Device(multiprocessors=132, capability=(9, 0)))
     stages.up(y=y, xa=xa, lora_b=b, scaling=scaling)
     for outputs in ((b, scaling), (None, None)):
         db, ds = outputs
@@ -85,7 +85,7 @@ def record_launches(m: int, n: int, k: int, r: int, base: str, adapter: str) -> 
         stages.down_grad(dlora_a=a, t=t, x=x, scaling=scaling, rng=rng, threshold=threshold)
         stages.dx(dx=x, t=t, lora_a=a, scaling=scaling, rng=rng, threshold=threshold)
     for name, kernel in kernels.items():
-        setattr(lora, name, kernel)
+        setattr(_stages, name, kernel)
     return launches
 
 

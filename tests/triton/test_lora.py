@@ -17,7 +17,7 @@ from pyfastft.reference._dropout import dropout, keep_mask, philox4x32  # noqa: 
 from pyfastft.testing.tolerance import assert_accurate, assert_exact  # noqa: E402
 from pyfastft.triton_kernels import _plan  # noqa: E402
 from pyfastft.triton_kernels._common import INTERPRETED, dropout_keep  # noqa: E402
-from pyfastft.triton_kernels.lora import TritonStages  # noqa: E402
+from pyfastft.triton_kernels.lora._stages import TritonStages  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 # Enough processors that reductions are cut into parts even at these sizes.

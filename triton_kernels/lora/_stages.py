@@ -1,4 +1,4 @@
-"""The lora family's Triton kernels, and the stages of lora_linear built of them.
+"""The Triton kernels around torch's GEMM, and the stages of lora_linear built of them.
 
 Symbols as in ``pyfastft/ops/lora.md``. Two of the five stages read a wide matrix and reduce it to
 rank R, two update one from rank R, and one does a reduction along the rows as well; so there are
@@ -16,10 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from pyfastft._op import implement
 from pyfastft._random import GROUP, dropout_scale
-from pyfastft.native import _torch_gemm
-from pyfastft.triton_kernels._common import device_of, dropout_keep, why_no_triton
+from pyfastft.triton_kernels._common import dropout_keep
 from pyfastft.triton_kernels._plan import Device, Launch, Problem, one_pass, plan
 
 # M and the threshold change from call to call: a kernel must not be compiled for their values.
@@ -488,27 +486,3 @@ class TritonStages:
         threshold: int,
     ) -> None:
         self._update(dx, t, lora_a, scaling, rng, threshold)
-
-
-def _unsupported(lead: torch.Tensor, *_: Any) -> str | None:
-    return why_no_triton(lead)
-
-
-@implement("lora_linear", "triton", unsupported=_unsupported)
-def lora_linear(
-    y: torch.Tensor,
-    xa: torch.Tensor,
-    x: torch.Tensor,
-    *args: Any,
-) -> None:
-    """y = x W^T + b + s * dropout(x) A^T B^T."""
-    with torch.cuda.device_of(x):
-        _torch_gemm.forward(TritonStages(device_of(x)), y, xa, x, *args)
-
-
-@implement("lora_linear_backward", "triton", unsupported=_unsupported)
-def lora_linear_backward(*args: Any) -> None:
-    """The gradients of lora_linear that are needed; six outputs, then the op's arguments."""
-    grad = args[6]
-    with torch.cuda.device_of(grad):
-        _torch_gemm.backward(TritonStages(device_of(grad)), *args)

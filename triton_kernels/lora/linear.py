@@ -1,0 +1,36 @@
+"""lora_linear and its backward on Triton: torch's GEMM with this family's stages around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pyfastft._op import implement
+from pyfastft.native import _torch_gemm
+from pyfastft.triton_kernels._common import device_of, why_no_triton
+from pyfastft.triton_kernels.lora._stages import TritonStages
+
+
+def _unsupported(lead: torch.Tensor, *_: Any) -> str | None:
+    return why_no_triton(lead)
+
+
+@implement("lora_linear", "triton", unsupported=_unsupported)
+def lora_linear(
+    y: torch.Tensor,
+    xa: torch.Tensor,
+    x: torch.Tensor,
+    *args: Any,
+) -> None:
+    """y = x W^T + b + s * dropout(x) A^T B^T."""
+    with torch.cuda.device_of(x):
+        _torch_gemm.forward(TritonStages(device_of(x)), y, xa, x, *args)
+
+
+@implement("lora_linear_backward", "triton", unsupported=_unsupported)
+def lora_linear_backward(*args: Any) -> None:
+    """The gradients of lora_linear that are needed; six outputs, then the op's arguments."""
+    grad = args[6]
+    with torch.cuda.device_of(grad):
+        _torch_gemm.backward(TritonStages(device_of(grad)), *args)
