@@ -130,7 +130,9 @@ auto dense_packer(const Operand& a) {
   return pack_gathered<T, kPairs>;
 }
 
+// For an operand that has no producer yet.
 inline void choose_packer(Operand& a, int32_t dtype, bool pairs) {
+  if (a.pack || a.panel) return;
   a.short_runs = a.depth_stride != 1;
   if (dtype == FT_FLOAT32)
     a.pack = dense_packer<float, false>(a);

@@ -1,11 +1,8 @@
-// Panels: operands packed over their whole depth.
+// Panels: operands packed over their whole depth, in one call or once for many (pack.h).
 #include "cpu/operand.inl.hpp"
 
 namespace {
 
-// Two column strips stay in the first-level cache while the rows' block, half of the second level,
-// passes by.
-constexpr int64_t kDepthItems = 384;
 // The low-rank products are a small part of the work and a large part of the gradients' error.
 // Not a power of two, or the packed strips would compete for the same sets of the cache.
 constexpr int64_t kShortDepthItems = 72;
@@ -80,6 +77,94 @@ inline void pack_panels(const Packing* packings, int count, const Strips& strips
       }
     }
   });
+}
+
+// ---- weights packed once -------------------------------------------------------------------
+
+#if FT_BF16_DOT
+using Bf16Item = uint32_t;
+#else
+using Bf16Item = bf16;
+#endif
+
+inline const PackedWeight& header_of(const void* packed) {
+  return *static_cast<const PackedWeight*>(packed);
+}
+inline Strips strips_of(const PackedWeight& w) { return {0, w.n, kLanes}; }
+inline Depth depth_of(const PackedWeight& w) { return {w.k, w.pairs != 0, w.block}; }
+
+// Where items [first, ...) of a strip stand, as far as their block of depth goes.
+template <class T>
+auto packed_items(const PackedWeight& w, int64_t strip, int64_t first) {
+  const int64_t p = first / w.block * w.block;
+  const int64_t block = lesser(w.block, depth_of(w).items() - p);
+  const int64_t item = p * strips_of(w).count() + strip * block + first - p;
+  const int64_t item_bytes = w.dtype == FT_FLOAT32 || w.pairs ? 4 : 2;
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(&w + 1) +
+                                    item * kLanes * item_bytes);
+}
+
+// Half-precision values that the level has no instruction for, widened.
+template <class T>
+void pack_widened(const Operand& a, int64_t line, int, int64_t begin, int64_t end, float* strip) {
+  const T* from = packed_items<T>(header_of(a.data), line / kLanes, begin);
+  for (int64_t p = begin; p < end; ++p, from += kLanes, strip += kLanes)
+    store(strip, load(from, kLanes));
+}
+
+// Lines are what was depth, and depth, from a multiple of kLanes on, what was lines: the values of
+// kLanes lines are brought together as they lay before they were packed.
+template <class T, class Item>
+void pack_across_packed(const Operand& a, int64_t line, int lines, int64_t begin, int64_t end,
+                        float* strip) {
+  constexpr bool kPairs = sizeof(Item) > sizeof(T);
+  constexpr int kPerItem = kPairs ? 2 : 1, kRun = kLanes * kPerItem;
+  const PackedWeight& w = header_of(a.data);
+  T values[kLanes * kRun];
+  for (int64_t p = begin; p < end; p += kRun) {
+    const int n = int(lesser(kRun, end - p));
+    for (int first = 0; first < n; first += kLanes) {
+      const Item* from = packed_items<Item>(w, (p + first) / kLanes, line / kPerItem);
+      for (int i = 0; i < lines; ++i) {
+        T* to = values + i * kRun + first;
+        for (int lane = 0; lane < kLanes; ++lane)
+          if constexpr (kPairs)
+            to[lane] = T{uint16_t(from[i / 2 * kLanes + lane] >> i % 2 * 16)};
+          else
+            to[lane] = from[i * kLanes + lane];
+      }
+    }
+    const Operand run = dense(values, kRun, 1);
+    pack_lines<T, kPairs, false>(run, 0, lines, 0, n, strip);
+    strip += (n + kPerItem - 1) / kPerItem * kLanes;
+  }
+}
+
+// W (n, k) as the columns of a product over k.
+inline Operand packed_columns(const void* packed) {
+  const PackedWeight& w = header_of(packed);
+  Operand a = dense(packed, 0, 0);
+  if (w.dtype == FT_FLOAT32 || w.pairs) {
+    a.panel = reinterpret_cast<const float*>(&w + 1);
+    a.panel_strips = strips_of(w).count();
+  } else {
+    a.pack = w.dtype == FT_BFLOAT16 ? pack_widened<bf16> : pack_widened<fp16>;
+  }
+  return a;
+}
+
+// W (n, k) as the columns of a product over n, that is W^T.
+inline Operand packed_transposed(const void* packed) {
+  const PackedWeight& w = header_of(packed);
+  Operand a = dense(packed, 0, 0);
+  a.short_runs = true;
+  if (w.dtype == FT_FLOAT32)
+    a.pack = pack_across_packed<float, float>;
+  else if (w.dtype == FT_FLOAT16)
+    a.pack = pack_across_packed<fp16, fp16>;
+  else
+    a.pack = pack_across_packed<bf16, Bf16Item>;
+  return a;
 }
 
 }  // namespace

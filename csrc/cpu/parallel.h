@@ -39,6 +39,10 @@ enum class Scratch { kMask, kLowRank, kSharedRows, kRowPanels, kColumnPanels, kW
 // for the same buffer from this thread. Throws std::bad_alloc.
 void* scratch(Scratch which, int64_t bytes);
 
+// Asks the operating system for huge pages in memory that has not been touched yet: fewer page
+// faults now, fewer misses of the TLB later.
+void prefer_huge_pages(void* data, int64_t bytes);
+
 // Ends a call of a kernel: gives back the buffers too large to keep.
 struct ScratchScope {
   ~ScratchScope();
