@@ -116,12 +116,14 @@ class Op:
     contract: Callable[..., Any]
     parameters: tuple[str, ...]
     mutates: bool
+    lists: bool  # takes or returns lists of tensors
     overload: Any = None
-    eager: Any = None
+    derivative: Any = None  # its autograd.Function
+    eager: Any = None  # the same for the eager short way, which lists of tensors cannot take
     impls: dict[str, Impl | str] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or self.mutates or not _is_plain(args):
+        if torch.compiler.is_compiling() or self.mutates or self.lists or not _is_plain(args):
             return self.overload(*args)
         if torch.is_grad_enabled() and _any_requires_grad(args):
             return self.overload(*args) if self.eager is None else self.eager.apply(*args)
@@ -202,15 +204,17 @@ class Op:
     def _describe(self, args: tuple[Any, ...]) -> str:
         return ", ".join(
             f"{name}={tuple(arg.shape)}:{str(arg.dtype).removeprefix('torch.')}"
-            for name, arg in zip(self.parameters, args, strict=False)
+            for name, value in zip(self.parameters, args, strict=False)
+            for arg in (value if isinstance(value, list | tuple) else (value,))
             if isinstance(arg, torch.Tensor)
         )
 
 
 def _device_of(args: tuple[Any, ...]) -> str:
     for arg in args:
-        if isinstance(arg, torch.Tensor):
-            return arg.device.type
+        first = arg[0] if isinstance(arg, list | tuple) and arg else arg
+        if isinstance(first, torch.Tensor):
+            return first.device.type
     raise TypeError("expected a tensor among the arguments, got none")
 
 
@@ -235,6 +239,7 @@ def define(schema: str, *, autocast: Collection[str] = ()) -> Callable[[Callable
             contract=contract,
             parameters=tuple(inspect.signature(contract).parameters),
             mutates="!" in schema,
+            lists="Tensor[]" in schema,
         )
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{NAMESPACE}::{name}", contract, lib=_LIBRARY)
@@ -253,16 +258,19 @@ def define(schema: str, *, autocast: Collection[str] = ()) -> Callable[[Callable
 
 
 def _autocast(op: Op, device: str, names: Collection[str]) -> Callable[..., Any]:
+    def cast(arg: Any, dtype: torch.dtype) -> Any:
+        if isinstance(arg, list | tuple):
+            return [cast(one, dtype) for one in arg]
+        if isinstance(arg, torch.Tensor) and arg.dtype in _AUTOCAST_DTYPES:
+            return arg.to(dtype)
+        return arg
+
     def cast_and_call(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
         with torch.amp.autocast(device, enabled=False):
             return op.overload(
                 *(
-                    arg.to(dtype)
-                    if name in names
-                    and isinstance(arg, torch.Tensor)
-                    and arg.dtype in _AUTOCAST_DTYPES
-                    else arg
+                    cast(arg, dtype) if name in names else arg
                     for name, arg in zip(op.parameters, args, strict=False)
                 )
             )
@@ -295,7 +303,8 @@ def differentiable(name: str) -> Callable[[_Class], _Class]:
     The class has ``forward``, ``setup_context`` and ``backward`` as static methods. It serves as a
     drop-in by itself, is registered as the operator's autograd formula, and gives the eager short
     way its adapter: a Function whose ``forward`` takes ``ctx`` costs a quarter of one with
-    ``setup_context`` to apply.
+    ``setup_context`` to apply. An op with lists of tensors has the formula alone, without
+    ``forward``: a Function does not see tensors in lists.
     """
 
     def decorate(function: _Class) -> _Class:
@@ -306,6 +315,9 @@ def differentiable(name: str) -> Callable[[_Class], _Class]:
             setup_context=function.setup_context,  # type: ignore[attr-defined]
             lib=_LIBRARY,
         )
+        op.derivative = function
+        if op.lists:
+            return function
 
         def forward(ctx: Any, *args: Any) -> Any:
             outputs = op.run(*args)
@@ -323,6 +335,19 @@ def differentiable(name: str) -> Callable[[_Class], _Class]:
         return function
 
     return decorate
+
+
+def needs_of(ctx: Any, inputs: tuple[Any, ...]) -> list[Any]:
+    """``ctx.needs_input_grad`` of an op with lists as it stands in ``setup_context``, one flag per
+    input, or one list of flags for a list of tensors: there torch has them in one flat tuple.
+    """
+    flags = iter(ctx.needs_input_grad)
+    return [
+        [next(flags) for _ in value]
+        if isinstance(value, list) and all(isinstance(one, torch.Tensor) for one in value)
+        else next(flags)
+        for value in inputs
+    ]
 
 
 def not_differentiable(name: str) -> None:

@@ -12,7 +12,7 @@ __all__ = ["lora_linear"]
 
 def lora_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     *,
@@ -20,14 +20,18 @@ def lora_linear(
     scaling: float | torch.Tensor = 1.0,
     p: float = 0.0,
     rng: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    packed: torch.Tensor | None = None,
+    packed_dx: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""A linear layer with a low-rank update, in one op.
 
-    .. math:: y = x W^T + b + s \cdot \mathrm{dropout}_p(x) A^T B^T
+    .. math:: y = x W^T + b + s \cdot ((\mathrm{dropout}_p(x) A^T) \odot g) B^T
 
     Args:
         x: input of shape (..., K); float32, bfloat16, float16 or float64, any strides.
-        weight: W of shape (N, K), of x's dtype.
+        weight: W of shape (N, K), of x's dtype. None leaves the base product out, or leaves it to
+            ``packed`` and ``packed_dx``.
         lora_a: A of shape (R, K), R >= 1; of x's dtype, or float32 beside a half-precision base.
         lora_b: B of shape (N, R), of A's dtype.
         bias: b of shape (N,), of x's dtype.
@@ -37,6 +41,9 @@ def lora_linear(
         rng: int64 tensor (seed, offset) that the mask is a function of, see
             :mod:`pyfastft._random`. Drawn from torch's generator where absent; not read, and no
             random state consumed, where p rounds to 0 of 65536.
+        gate: g of shape (R,), or (..., R) with one gate per row; of A's dtype. Absent, it is 1.
+        packed: W as ``pack_weight(weight)`` gives it, for a forward that need not pack it (CPU).
+        packed_dx: the same for dX, of ``pack_weight(weight, transposed=True)``.
 
     Returns:
         y of shape (..., N), of x's dtype. Accumulated in float32 (float64 for float64).
@@ -59,4 +66,6 @@ def lora_linear(
         scaling = torch.full((), scaling, dtype=dtype, device=x.device)
     if rng is None and 0.0 < p <= 1.0 and dropout_threshold(p):
         rng = draw_rng(x.device)
-    return ops.lora_linear(x, weight, lora_a, lora_b, bias, scaling, p, rng)[0]
+    return ops.lora_linear(
+        x, weight, lora_a, lora_b, bias, scaling, p, rng, gate, packed, packed_dx
+    )[0]

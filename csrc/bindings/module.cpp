@@ -135,6 +135,11 @@ PYBIND11_MODULE(_cpu, module) {
 #define FT_CPU_OP(name, ...) Binding<&ft_cpu_##name>::define(module, #name, __VA_ARGS__);
 #define FT_CUDA_OP(name, ...)
 #include "fastft/ops.def"
+  module.def("pack_weight_bytes", [](int64_t n, int64_t k, int32_t dtype) {
+    int64_t bytes;
+    raise_on(ft_cpu_pack_weight_bytes(&bytes, n, k, dtype));
+    return bytes;
+  });
   module.def("isa", [] {
     int32_t detected, active;
     raise_on(ft_cpu_isa(&detected, &active));

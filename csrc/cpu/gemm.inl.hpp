@@ -1,22 +1,24 @@
-// The GEMM core: C[i, j] = sum over products q and depth p of rows_q[i, p] * columns_q[j, p].
+// The GEMM core: C[i, j] = sum over products q of
+//   mask_q[i, j] ? scale_q * (sum over depth p of rows_q[i, p] * columns_q[j, p]) : 0.
 //
 // Both operands are packed in strips, and a register tile is one strip of at most kTileRows rows by
 // one or two strips of columns. Where there are few rows, columns are read in place instead.
 //
-// An element of C is summed in one order, whatever the sizes of tiles and the number of threads:
-// blocks of Product::block items, each from zero, added up in sequence. Blocks from zero also keep
-// the rounding error at that of a short sum. A product may come first to be scaled and masked in
-// float32 (the low-rank update) before the next is added.
-#include "cpu/operand.inl.hpp"
+// An element of C is summed in one order, whatever the sizes of tiles, the number of threads, and
+// whether an operand was packed before: blocks of Depth::block items, each from zero, scaled and
+// masked in float32, added up in sequence. Blocks from zero also keep the rounding error at that of
+// a short sum.
+#include "cpu/pack.inl.hpp"
 #include "cpu/stream.inl.hpp"
 
 namespace {
 
 struct Product {
   Operand rows, columns;
-  int64_t depth;
-  bool pairs;     // items are two bf16 values; needs FT_BF16_DOT
-  int64_t block;  // items summed up from zero, then added to what stands
+  Depth depth;
+  float scale;          // of the sum
+  const uint8_t* mask;  // selects from the scaled sum by element of C, or null
+  int64_t mask_row_stride;
 };
 
 struct Result {
@@ -24,22 +26,13 @@ struct Result {
   int64_t row_stride, column_stride;  // one of them is 1
   void (*store)(const Result&, const float* tile, int64_t i, int64_t j, int rows, int columns);
   const void* bias;  // one per column, of the result's dtype, or null
-  // What the first product is multiplied by, and the mask that selects from it, or null.
-  float scale;
-  const uint8_t* mask;
-  int64_t mask_row_stride;
+  bool accumulate;   // added in float32 to what C holds, and rounded once
 };
 
 // The register tile: kTileRows x 2 accumulators, 2 columns and 1 broadcast fill the register file
 // (32 registers of AVX-512, 16 elsewhere) and hide the latency of the multiply-add.
 constexpr int kTileRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;
 constexpr int kTileColumns = 2 * kLanes;
-// Two column strips stay in the first-level cache while the rows' block, half of the second level,
-// passes by.
-constexpr int64_t kDepthItems = 384;
-// The low-rank products are a small part of the work and a large part of the gradients' error.
-// Not a power of two, or the packed strips would compete for the same sets of the cache.
-constexpr int64_t kShortDepthItems = 72;
 constexpr int kBlockRows = kTileRows * (224 / kTileRows);
 // Packed operands larger than this are made in parts.
 constexpr int64_t kPanelBytes = int64_t(16) << 20;
@@ -54,7 +47,16 @@ inline Product product(Operand rows, int32_t rows_dtype, Operand columns, int32_
   choose_packer(rows, rows_dtype, pairs);
   choose_packer(columns, columns_dtype, pairs);
   columns.stream = choose_stream(columns, columns_dtype, pairs);
-  return {rows, columns, depth, pairs, block};
+  return {rows, columns, {depth, pairs, block}, 1.0f, nullptr, 0};
+}
+
+// The product's sum times `scale`, and of that what the mask of C's elements keeps.
+inline Product scaled(Product q, float scale, const uint8_t* mask = nullptr,
+                      int64_t mask_row_stride = 0) {
+  q.scale = scale;
+  q.mask = mask;
+  q.mask_row_stride = mask_row_stride;
+  return q;
 }
 
 // ---- register tiles ------------------------------------------------------------------------
@@ -67,11 +69,21 @@ FT_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
   return fma(a, b, c);
 }
 
+// What becomes of the sums of a register tile.
+struct Landing {
+  float* tile;      // rows of kBlockColumns floats
+  bool accumulate;  // added to what stands there
+  float scale;
+  const uint8_t* mask;               // or null
+  int64_t element, mask_row_stride;  // the mask's index of the tile's first element
+  int rows;                          // that the mask knows of: a strip may be padded
+};
+
 // tile (+)= rows^T columns over `items` items; column strips are column_strip floats apart. A tile
 // of few rows deals the items out to several sums, to hide the latency of the multiply-add.
 template <int kRows, int kStrips, bool kPairs>
 void register_tile(const float* rows, const float* columns, int64_t column_strip, int64_t items,
-                   float* tile, bool accumulate) {
+                   const Landing& to) {
   constexpr int kSums = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;
   Vec sum[kSums][kRows][kStrips];
 #pragma GCC unroll 4
@@ -105,12 +117,15 @@ void register_tile(const float* rows, const float* columns, int64_t column_strip
       if constexpr (kSums == 2) total = add(total, sum[1][i][j]);
       if constexpr (kSums == 4)
         total = add(add(total, sum[1][i][j]), add(sum[2][i][j], sum[3][i][j]));
-      float* to = tile + i * kBlockColumns + j * kLanes;
-      store(to, accumulate ? add(load(to), total) : total);
+      total = mul(total, splat(to.scale));
+      if (to.mask && i < to.rows)
+        total = select(total, keep_bits(to.mask, to.element + i * to.mask_row_stride + j * kLanes));
+      float* at = to.tile + i * kBlockColumns + j * kLanes;
+      store(at, to.accumulate ? add(load(at), total) : total);
     }
 }
 
-using RegisterTile = void (*)(const float*, const float*, int64_t, int64_t, float*, bool);
+using RegisterTile = void (*)(const float*, const float*, int64_t, int64_t, const Landing&);
 
 // Strips of fewer rows run the next even height; the packed zeros below cost less than more code.
 template <int kStrips, bool kPairs>
@@ -148,18 +163,6 @@ inline RegisterTile choose_tile(int rows, int strips, bool pairs) {
 
 // ---- results -------------------------------------------------------------------------------
 
-// Scale the first product, and select from it what the mask keeps.
-inline void scale_and_mask(const Result& c, float* tile, int64_t i, int64_t j, int rows,
-                           int columns) {
-  const Vec scale = splat(c.scale);
-  for (int row = 0; row < rows; ++row, tile += kBlockColumns)
-    for (int column = 0; column < columns; column += kLanes) {
-      Vec v = mul(load(tile + column), scale);
-      if (c.mask) v = select(v, keep_bits(c.mask, (i + row) * c.mask_row_stride + j + column));
-      store(tile + column, v);
-    }
-}
-
 template <class T>
 void store_rows(const Result& c, const float* tile, int64_t i, int64_t j, int rows, int columns) {
   const T* bias = static_cast<const T*>(c.bias);
@@ -167,8 +170,9 @@ void store_rows(const Result& c, const float* tile, int64_t i, int64_t j, int ro
     T* to = static_cast<T*>(c.data) + (i + row) * c.row_stride + j;
     for (int column = 0; column < columns; column += kLanes) {
       const int n = int(lesser(kLanes, columns - column));
-      const Vec v = load(tile + column);
-      store(to + column, bias ? add(v, load(bias + j + column, n)) : v, n);
+      Vec v = load(tile + column);
+      if (bias) v = add(v, load(bias + j + column, n));
+      store(to + column, c.accumulate ? add(v, load(to + column, n)) : v, n);
     }
   }
 }
@@ -178,77 +182,54 @@ void store_columns(const Result& c, const float* tile, int64_t i, int64_t j, int
                    int columns) {
   for (int column = 0; column < columns; ++column) {
     T* to = static_cast<T*>(c.data) + (j + column) * c.column_stride + i;
-    for (int row = 0; row < rows; ++row)
-      to[row] = from_float<T>(tile[row * kBlockColumns + column]);
+    for (int row = 0; row < rows; ++row) {
+      const float sum = tile[row * kBlockColumns + column];
+      to[row] = from_float<T>(c.accumulate ? sum + to_float(to[row]) : sum);
+    }
   }
 }
 
 // Where C goes: C-contiguous rows, or its transpose.
-inline Result result(void* data, int32_t dtype, int64_t row_stride, int64_t column_stride,
-                     float scale = 1.0f) {
+inline Result result(void* data, int32_t dtype, int64_t row_stride, int64_t column_stride) {
   const bool rows = column_stride == 1;
   auto store = dtype == FT_FLOAT32    ? (rows ? store_rows<float> : store_columns<float>)
                : dtype == FT_BFLOAT16 ? (rows ? store_rows<bf16> : store_columns<bf16>)
                                       : (rows ? store_rows<fp16> : store_columns<fp16>);
-  return {data, row_stride, column_stride, store, nullptr, scale, nullptr, 0};
+  return {data, row_stride, column_stride, store, nullptr, false};
 }
 
 // ---- the loops -----------------------------------------------------------------------------
 
-// A range of lines cut into strips of equal height, packed as [block of depth][strip][item][lane].
-struct Strips {
-  int64_t begin, end;  // lines
-  int height;
-
-  int64_t count() const { return ceil_div(end - begin, height); }
-  int64_t line(int64_t strip) const { return begin + strip * height; }
-  int lines(int64_t strip) const { return int(lesser(height, end - line(strip))); }
-};
-
-inline int64_t items_of(const Product& q) { return q.pairs ? ceil_div(q.depth, 2) : q.depth; }
-
-// Pack items [first, last) of strips [s0, s1) as [strip][item][lane].
-inline void pack_strips(const Product& q, const Operand& a, const Strips& strips, int64_t s0,
-                        int64_t s1, int64_t first, int64_t last, float* panel) {
-  const int per_item = q.pairs ? 2 : 1;
-  const int64_t run = a.short_runs ? kShortRun : last - first;
-  for (int64_t p = first; p < last; p += run) {
-    const int64_t end = lesser(lesser(p + run, last) * per_item, q.depth);
-    for (int64_t s = s0; s < s1; ++s)
-      a.pack(a, strips.line(s), strips.lines(s), p * per_item, end,
-             panel + ((s - s0) * (last - first) + p - first) * kLanes);
-  }
+// The height of all strips of so many rows: equal, and even, since a tile of odd height would write
+// a row of the next strip.
+inline int row_height(int64_t rows) {
+  const int height = int(ceil_div(rows, greater(1, ceil_div(rows, kTileRows))));
+  return height <= 1 ? 1 : height + height % 2;
 }
 
-// Pack an operand of every product over its whole depth, in tasks of a few strips.
-inline void pack_panels(const Product* products, int count, Operand Product::* operand,
-                        const Strips& strips, float* const* panels, int threads) {
-  const int64_t group = greater(1, lesser(kBlockColumns / kLanes, strips.count() / (4 * threads)));
-  const int64_t tasks = ceil_div(strips.count(), group);
-  parallel_for(tasks > 1 ? threads : 1, tasks, [&](int64_t task, int) {
-    const int64_t s0 = task * group, s1 = lesser(s0 + group, strips.count());
-    for (int q = 0; q < count; ++q) {
-      const int64_t items = items_of(products[q]);
-      for (int64_t p = 0; p < items; p += products[q].block) {
-        const int64_t block = lesser(products[q].block, items - p);
-        pack_strips(products[q], products[q].*operand, strips, s0, s1, p, p + block,
-                    panels[q] + (p * strips.count() + s0 * block) * kLanes);
-      }
-    }
-  });
+// The rows of a product packed for any number of calls of gemm with as many rows, in a scratch
+// buffer of the calling thread. For other products over the same operand, copy Product::rows.
+inline void pack_rows(Product& q, int64_t rows, int threads) {
+  const Strips strips{0, rows, row_height(rows)};
+  float* const panel = static_cast<float*>(
+      scratch(Scratch::kSharedRows, (panel_floats(q.depth, strips) + 1) * int64_t(sizeof(float))));
+  const Packing packing{q.rows, q.depth, panel};
+  pack_panels(&packing, 1, strips, threads);
+  q.rows.panel = panel;
+  q.rows.panel_strips = strips.count();
 }
 
-constexpr int kMaxProducts = 2;
+constexpr int kMaxProducts = 32;
 
-// One call of gemm: the products, and the packed panels of the part of C at hand.
+// One call of gemm: the products, and the panels of the part of C at hand.
 struct Gemm {
   const Product* products;
   int count;
   const Result* c;
   Strips rows, columns;
   bool few_rows;  // columns that can be read in place are
-  float* row_panels[kMaxProducts];
-  float* column_panels[kMaxProducts];  // null: every tile packs its own columns
+  Panel row_panels[kMaxProducts];
+  Panel column_panels[kMaxProducts];  // no data: every tile packs its own columns
 };
 
 inline void clear(float* tile, int rows) {
@@ -264,48 +245,70 @@ inline void compute_block(const Gemm& g, int64_t i0, int64_t i1, int64_t j0, int
   const int columns = int(lesser(g.columns.line(j1), g.columns.end) - j);
   for (int q = 0; q < g.count; ++q) {
     const Product& product = g.products[q];
-    const bool streamed = g.few_rows && product.columns.stream;
+    const Panel &row_panel = g.row_panels[q], &column_panel = g.column_panels[q];
+    const bool streamed = g.few_rows && product.columns.stream && !column_panel.data &&
+                          product.scale == 1.0f && !product.mask;
     if (streamed) {
       if (!accumulate) clear(tile, g.rows.height);
-      product.columns.stream(product.columns, g.row_panels[q], rows, j, columns, product.depth,
-                             tile);
+      product.columns.stream(product.columns, row_panel.at(0, 0, 0), rows, j, columns,
+                             product.depth.values, tile);
       accumulate = true;
     }
-    const int64_t items = streamed ? 0 : items_of(product);
-    for (int64_t p = 0; p < items; p += product.block) {
-      const int64_t block = lesser(product.block, items - p), strip_floats = block * kLanes;
-      const float* row_block = g.row_panels[q] + p * g.rows.count() * kLanes;
-      const float* column_block = own_columns;
-      if (g.column_panels[q])
-        column_block = g.column_panels[q] + p * g.columns.count() * kLanes + j0 * strip_floats;
-      else
-        pack_strips(product, product.columns, g.columns, j0, j1, p, p + block, own_columns);
-      for (int64_t strip = j0; strip < j1; strip += 2, column_block += 2 * strip_floats) {
+    // What is used once is packed a tile at a time, unless neighbours share its memory.
+    const int64_t at_once = product.columns.short_runs ? j1 - j0 : 2;
+    const int64_t items = streamed ? 0 : product.depth.items();
+    for (int64_t p = 0; p < items; p += product.depth.block) {
+      const int64_t block = lesser(product.depth.block, items - p);
+      for (int64_t strip = j0; strip < j1; strip += 2) {
         const int strips = int(lesser(2, j1 - strip));
-        float* to = tile + (strip - j0) * kLanes;
-        for (int64_t s = i0; s < i1; ++s, to += g.rows.height * kBlockColumns)
-          choose_tile(g.rows.lines(s), strips, product.pairs)(
-              row_block + s * strip_floats, column_block, strip_floats, block, to, accumulate);
+        if (!column_panel.data && (strip - j0) % at_once == 0)
+          pack_strips(product.columns, product.depth, g.columns, strip, lesser(strip + at_once, j1),
+                      p, p + block, own_columns);
+        const float* column_strips = column_panel.data
+                                         ? column_panel.at(p, strip, block)
+                                         : own_columns + (strip - j0) % at_once * block * kLanes;
+        for (int64_t s = i0; s < i1; ++s) {
+          const int64_t first = g.rows.line(s);
+          const Landing to{tile + (first - i) * kBlockColumns + (strip - j0) * kLanes,
+                           accumulate,
+                           product.scale,
+                           product.mask,
+                           first * product.mask_row_stride + g.columns.line(strip),
+                           product.mask_row_stride,
+                           g.rows.lines(s)};
+          choose_tile(g.rows.lines(s), strips, product.depth.pairs)(
+              row_panel.at(p, s, block), column_strips, block * kLanes, block, to);
+        }
       }
       accumulate = true;
     }
-    if (q == 0 && accumulate && (g.c->scale != 1.0f || g.c->mask))
-      scale_and_mask(*g.c, tile, i, j, rows, columns);
   }
   if (!accumulate) clear(tile, rows);
   g.c->store(*g.c, tile, i, j, rows, columns);
 }
 
-inline float* panel_space(Scratch which, const Product* products, int count, const Strips& strips,
-                          float** panels) {
+// Panels of an operand of every product for some of its lines: those packed before and, if `all`,
+// those packed now into a scratch buffer.
+inline void make_panels(Scratch which, const Product* products, int count,
+                        Operand Product::* operand, const Strips& strips, int threads, bool all,
+                        Panel* panels) {
+  Packing missing[kMaxProducts];
+  int wanted = 0;
   int64_t floats = 0;
-  for (int q = 0; q < count; ++q) floats += items_of(products[q]) * strips.count() * kLanes;
-  float* space = static_cast<float*>(scratch(which, (floats + 1) * int64_t(sizeof(float))));
   for (int q = 0; q < count; ++q) {
-    panels[q] = space;
-    space += items_of(products[q]) * strips.count() * kLanes;
+    const Operand& a = products[q].*operand;
+    panels[q] = {a.panel, a.panel_strips, strips.begin / strips.height};
+    if (!a.panel && all) floats += panel_floats(products[q].depth, strips);
   }
-  return space;
+  if (!floats) return;
+  float* space = static_cast<float*>(scratch(which, floats * int64_t(sizeof(float))));
+  for (int q = 0; q < count; ++q) {
+    if (panels[q].data) continue;
+    missing[wanted++] = {products[q].*operand, products[q].depth, space};
+    panels[q] = {space, strips.count(), 0};
+    space += panel_floats(products[q].depth, strips);
+  }
+  pack_panels(missing, wanted, strips, threads);
 }
 
 // C = sum of the products, at most kMaxProducts, into c; C is rows x columns.
@@ -313,7 +316,7 @@ inline void gemm(int64_t rows, int64_t columns, const Product* products, int cou
                  int threads) {
   if (!rows || !columns) return;
   int64_t depth = 0;
-  for (int q = 0; q < count; ++q) depth += items_of(products[q]);
+  for (int q = 0; q < count; ++q) depth += products[q].depth.items();
   if (rows * columns * depth < kSerialWork) threads = 1;
 
   // Columns whose packed panel is used by one block of rows only are packed where they are used.
@@ -323,9 +326,7 @@ inline void gemm(int64_t rows, int64_t columns, const Product* products, int cou
       share_columns ? greater(int64_t(threads) * kBlockColumns, kPanelBytes / line_bytes) /
                           kBlockColumns * kBlockColumns
                     : columns;
-  // Equal heights, and even ones: a tile of odd height would write a row of the next strip.
-  const int height = int(ceil_div(rows, ceil_div(rows, kTileRows)));
-  const int strip_height = height == 1 ? 1 : height + height % 2;
+  const int strip_height = row_height(rows);
   const int64_t rows_at_once = greater(kBlockRows / strip_height * strip_height,
                                        kPanelBytes / (line_bytes * kLanes) * strip_height);
 
@@ -338,15 +339,13 @@ inline void gemm(int64_t rows, int64_t columns, const Product* products, int cou
   for (int64_t j = 0; j < columns; j += columns_at_once) {
     g.columns.begin = j;
     g.columns.end = lesser(columns, j + columns_at_once);
-    if (share_columns) {
-      panel_space(Scratch::kColumnPanels, products, count, g.columns, g.column_panels);
-      pack_panels(products, count, &Product::columns, g.columns, g.column_panels, threads);
-    }
+    make_panels(Scratch::kColumnPanels, products, count, &Product::columns, g.columns, threads,
+                share_columns, g.column_panels);
     for (int64_t i = 0; i < rows; i += rows_at_once) {
       g.rows.begin = i;
       g.rows.end = lesser(rows, i + rows_at_once);
-      panel_space(Scratch::kRowPanels, products, count, g.rows, g.row_panels);
-      pack_panels(products, count, &Product::rows, g.rows, g.row_panels, threads);
+      make_panels(Scratch::kRowPanels, products, count, &Product::rows, g.rows, threads, true,
+                  g.row_panels);
 
       // Blocks of C of equal size, as many as keep all threads busy to the end.
       const int64_t row_strips = g.rows.count(), column_pairs = ceil_div(g.columns.count(), 2);

@@ -14,6 +14,7 @@
 #include <immintrin.h>
 #endif
 
+#include "cpu/pack.h"
 #include "cpu/parallel.h"
 #include "fastft/api.h"
 #include "fastft/dtype.h"

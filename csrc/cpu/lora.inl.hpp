@@ -22,15 +22,18 @@ inline void lora_forward(const LoraForward& f) {
 
   // S^T = A dropout(x)^T; the scale of what is kept is applied once, to the sum.
   const Operand x = dense(f.x, f.x_stride_m, f.x_stride_k);
-  const Product down = product(dense(f.lora_a, f.k, 1), f.adapter_dtype, masked(x, mask, f.k, 1),
-                               f.dtype, f.k, kShortDepthItems);
-  gemm(f.r, f.m, &down, 1, result(f.xa, f.adapter_dtype, 1, f.r, f.dropout.scale), f.threads);
+  const Product down = scaled(product(dense(f.lora_a, f.k, 1), f.adapter_dtype,
+                                      masked(x, mask, f.k, 1), f.dtype, f.k, kShortDepthItems),
+                              f.dropout.scale);
+  gemm(f.r, f.m, &down, 1, result(f.xa, f.adapter_dtype, 1, f.r), f.threads);
 
   // y = s * S B^T + x W^T + b, with S as it was rounded to its dtype.
   const Product up_and_base[] = {
-      product(dense(f.xa, f.r, 1), f.adapter_dtype, dense(f.lora_b, f.r, 1), f.adapter_dtype, f.r),
+      scaled(product(dense(f.xa, f.r, 1), f.adapter_dtype, dense(f.lora_b, f.r, 1), f.adapter_dtype,
+                     f.r),
+             f.scaling),
       product(x, f.dtype, dense(f.weight, f.weight_stride_n, f.weight_stride_k), f.dtype, f.k)};
-  Result y = result(f.y, f.dtype, f.n, 1, f.scaling);
+  Result y = result(f.y, f.dtype, f.n, 1);
   y.bias = f.bias;
   gemm(f.m, f.n, up_and_base, 2, y, f.threads);
 }
@@ -61,24 +64,24 @@ inline void lora_backward(const LoraBackward& f) {
     gemm(f.r, f.m, &down, 1, result(t, FT_FLOAT32, f.m, 1), f.threads);
   }
   if (f.dlora_b) {
-    const Product sum =
-        product(dense(f.xa, 1, f.r), f.adapter_dtype, grad_t, f.dtype, f.m, kShortDepthItems);
-    gemm(f.r, f.n, &sum, 1, result(f.dlora_b, f.adapter_dtype, 1, f.r, f.scaling), f.threads);
+    const Product sum = scaled(
+        product(dense(f.xa, 1, f.r), f.adapter_dtype, grad_t, f.dtype, f.m, kShortDepthItems),
+        f.scaling);
+    gemm(f.r, f.n, &sum, 1, result(f.dlora_b, f.adapter_dtype, 1, f.r), f.threads);
   }
   if (f.dlora_a) {
-    const Product sum = product(dense(t, f.m, 1), FT_FLOAT32, masked(x_t, mask, 1, f.k), f.dtype,
-                                f.m, kShortDepthItems);
-    gemm(f.r, f.k, &sum, 1, result(f.dlora_a, f.adapter_dtype, f.k, 1, scale), f.threads);
+    const Product sum = scaled(product(dense(t, f.m, 1), FT_FLOAT32, masked(x_t, mask, 1, f.k),
+                                       f.dtype, f.m, kShortDepthItems),
+                               scale);
+    gemm(f.r, f.k, &sum, 1, result(f.dlora_a, f.adapter_dtype, f.k, 1), f.threads);
   }
   if (f.dx) {
     const Product up_and_base[] = {
-        product(dense(t, 1, f.m), FT_FLOAT32, dense(f.lora_a, 1, f.k), f.adapter_dtype, f.r),
+        scaled(product(dense(t, 1, f.m), FT_FLOAT32, dense(f.lora_a, 1, f.k), f.adapter_dtype, f.r),
+               scale, mask, f.k),
         product(grad, f.dtype, dense(f.weight, f.weight_stride_k, f.weight_stride_n), f.dtype,
                 f.n)};
-    Result dx = result(f.dx, f.dtype, f.k, 1, scale);
-    dx.mask = mask;
-    dx.mask_row_stride = f.k;
-    gemm(f.m, f.k, up_and_base, 2, dx, f.threads);
+    gemm(f.m, f.k, up_and_base, 2, result(f.dx, f.dtype, f.k, 1), f.threads);
   }
   if (f.dweight) {
     const Product sum = product(grad_t, f.dtype, x_t, f.dtype, f.m);

@@ -19,6 +19,9 @@ struct Operand {
   bool short_runs;  // lines are neighbours in memory: many of them are packed a few items at a time
   const uint8_t* mask;  // of dropout, or null: an element's index is that of these strides
   int64_t mask_line_stride, mask_depth_stride;
+  // Packed before, over its whole depth and all lines (see Panel), or null; `pack` is not called.
+  const float* panel;
+  int64_t panel_strips;
 };
 
 // Columns of a tile of C, whose rows are so many floats apart.
@@ -29,7 +32,7 @@ constexpr int64_t kPrefetchBytes = 512;
 constexpr int64_t kShortRun = 16;
 
 inline Operand dense(const void* data, int64_t line_stride, int64_t depth_stride) {
-  return {data, line_stride, depth_stride, nullptr, nullptr, false, nullptr, 0, 0};
+  return {data, line_stride, depth_stride, nullptr, nullptr, false, nullptr, 0, 0, nullptr, 0};
 }
 
 // n values from p that are neighbours in depth, as items; bits selects.
@@ -127,7 +130,9 @@ auto dense_packer(const Operand& a) {
   return pack_gathered<T, kPairs>;
 }
 
+// For an operand that has no producer yet.
 inline void choose_packer(Operand& a, int32_t dtype, bool pairs) {
+  if (a.pack || a.panel) return;
   a.short_runs = a.depth_stride != 1;
   if (dtype == FT_FLOAT32)
     a.pack = dense_packer<float, false>(a);

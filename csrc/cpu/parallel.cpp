@@ -38,9 +38,7 @@ struct Buffer {
     wanted = (wanted + alignment - 1) / alignment * alignment;
     data = std::aligned_alloc(alignment, wanted);
     if (!data) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-    if (alignment == kHugePage) madvise(data, wanted, MADV_HUGEPAGE);
-#endif
+    prefer_huge_pages(data, int64_t(wanted));
     bytes = wanted;
   }
 
@@ -62,6 +60,17 @@ void* scratch(Scratch which, int64_t bytes) {
   Buffer& buffer = buffers[int(which)];
   buffer.reserve(size_t(bytes));
   return buffer.data;
+}
+
+void prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const uintptr_t begin = (uintptr_t(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (uintptr_t(data) + uintptr_t(bytes)) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
 }
 
 ScratchScope::~ScratchScope() {

@@ -33,11 +33,15 @@ void parallel_for(int threads, int64_t tasks, const Body& body) {
 
 // The scratch buffers of one thread that calls kernels. They stay allocated from call to call,
 // because the page faults of a fresh buffer cost as much as a small kernel.
-enum class Scratch { kMask, kLowRank, kRowPanels, kColumnPanels, kWorkers, kCount };
+enum class Scratch { kMask, kLowRank, kSharedRows, kRowPanels, kColumnPanels, kWorkers, kCount };
 
 // At least `bytes` bytes, aligned for any vector, contents undefined; valid until the next request
 // for the same buffer from this thread. Throws std::bad_alloc.
 void* scratch(Scratch which, int64_t bytes);
+
+// Asks the operating system for huge pages in memory that has not been touched yet: fewer page
+// faults now, fewer misses of the TLB later.
+void prefer_huge_pages(void* data, int64_t bytes);
 
 // Ends a call of a kernel: gives back the buffers too large to keep.
 struct ScratchScope {

@@ -16,6 +16,13 @@ import torch
 from pyfastft._random import dropout_threshold
 
 
+def base_is_packed(weight: torch.Tensor | None, *packed: torch.Tensor | None) -> str | None:
+    """Why this engine cannot run without the plain weight: packed ones are the CPU library's."""
+    if weight is None and any(one is not None for one in packed):
+        return "the weight is there only as packed for the CPU"
+    return None
+
+
 class Stages(Protocol):
     """What a backend supplies. Specified in ``csrc/include/fastft/api.h`` as ``ft_cuda_lora_*``.
 
@@ -89,22 +96,28 @@ def forward(
     y: torch.Tensor,
     xa: torch.Tensor,
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     bias: torch.Tensor | None,
     scaling: torch.Tensor,
     p: float,
     rng: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    packed: torch.Tensor | None,
+    packed_dx: torch.Tensor | None,
 ) -> None:
-    """lora_linear: y = x W^T + b, then y += s xa B^T with xa = dropout(x) A^T."""
-    n, k = weight.shape
+    """lora_linear: y = x W^T + b, then y += s (xa * g) B^T with xa = dropout(x) A^T."""
+    n, r = lora_b.shape
+    k = lora_a.shape[1]
     x = _rows(x, k)
     m = x.shape[0]
-    y, xa = y.view(m, n), xa.view(m, lora_a.shape[0])
+    y, xa = y.view(m, n), xa.view(m, r)
     threshold = dropout_threshold(p) if rng is not None else 0
 
-    if bias is None:
+    if weight is None:
+        y.zero_() if bias is None else y.copy_(bias.expand_as(y))
+    elif bias is None:
         torch.mm(x, weight.T, out=y)
     else:
         torch.addmm(bias, x, weight.T, out=y)
@@ -121,7 +134,8 @@ def forward(
         threshold=threshold,
     )
     if n > 0:
-        stages.up(y=y, xa=xa, lora_b=lora_b.contiguous(), scaling=scaling)
+        gated = xa if gate is None else xa * gate.reshape(-1, r)
+        stages.up(y=y, xa=gated, lora_b=lora_b.contiguous(), scaling=scaling)
 
 
 def backward(
@@ -132,21 +146,25 @@ def backward(
     dlora_b: torch.Tensor,
     dbias: torch.Tensor,
     dscaling: torch.Tensor,
+    dgate: torch.Tensor,
     grad: torch.Tensor,
     x: torch.Tensor | None,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     xa: torch.Tensor | None,
     scaling: torch.Tensor,
     p: float,
     rng: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    packed: torch.Tensor | None,
+    packed_dx: torch.Tensor | None,
     need: Sequence[bool],
 ) -> None:
-    """lora_linear_backward; computes what ``need`` (x, W, A, B, b, s) asks for and no more."""
-    n, k = weight.shape
-    r = lora_a.shape[0]
-    need_x, need_weight, need_a, need_b, need_bias, need_scaling = need
+    """lora_linear_backward; computes what ``need`` (x, W, A, B, b, s, g) asks for and no more."""
+    n, r = lora_b.shape
+    k = lora_a.shape[1]
+    need_x, need_weight, need_a, need_b, need_bias, need_scaling, need_gate = need
     grad = _rows(grad, n)
     m = grad.shape[0]
     if x is not None:
@@ -156,7 +174,7 @@ def backward(
 
     if need_x:
         dx = dx.view(m, k)
-        torch.mm(grad, weight, out=dx)
+        dx.zero_() if weight is None else torch.mm(grad, weight, out=dx)
     if need_weight:
         assert x is not None
         torch.mm(grad.T, x, out=dweight)
@@ -164,12 +182,22 @@ def backward(
         torch.sum(grad, dim=0, out=dbias)
     if m == 0 or n == 0:
         # Sums over nothing. dx already is what it has to be: the low-rank part adds nothing.
-        for needed, output in ((need_a, dlora_a), (need_b, dlora_b), (need_scaling, dscaling)):
+        sums = (
+            (need_a, dlora_a),
+            (need_b, dlora_b),
+            (need_scaling, dscaling),
+            (need_gate, dgate),
+        )
+        for needed, output in sums:
             if needed:
                 output.zero_()
         return
-    if not (need_x or need_a or need_b or need_scaling):
+    if not (need_x or need_a or need_b or need_scaling or need_gate):
         return
+    gated = xa = None if xa is None else xa.reshape(m, r).contiguous()
+    if gate is not None:
+        gate = gate.reshape(-1, r)
+        gated = None if xa is None else xa * gate
 
     t = grad.new_empty((m, r), dtype=torch.float32)
     stages.up_grad(
@@ -177,10 +205,16 @@ def backward(
         dlora_b=dlora_b if need_b else None,
         dscaling=dscaling if need_scaling else None,
         grad=grad,
-        xa=None if xa is None else xa.reshape(m, r).contiguous(),
+        xa=gated,
         lora_b=lora_b.contiguous(),
         scaling=scaling,
     )
+    if need_gate:
+        assert xa is not None
+        per_row = t * xa * scaling.reshape(())
+        dgate.copy_(per_row.sum(0) if dgate.dim() == 1 else per_row.view_as(dgate))
+    if gate is not None:
+        t *= gate
     if k == 0:
         return
     if need_a:

@@ -30,7 +30,7 @@ def lora_linear(
 
 @implement("lora_linear_backward", "triton", unsupported=_unsupported)
 def lora_linear_backward(*args: Any) -> None:
-    """The gradients of lora_linear that are needed; six outputs, then the op's arguments."""
-    grad = args[6]
+    """The gradients of lora_linear that are needed; seven outputs, then the op's arguments."""
+    grad = args[7]
     with torch.cuda.device_of(grad):
         _torch_gemm.backward(TritonStages(device_of(grad)), *args)

@@ -27,6 +27,33 @@ FT_API int ft_cpu_isa(int32_t* detected, int32_t* active);
 // Use at most this level from the next call on. PYFASTFT_CPU_ISA sets the first value.
 FT_API int ft_cpu_set_isa(int32_t level);
 
+// ---- the GEMM core -------------------------------------------------------------------------
+
+// c = a b^T, accumulated in float32. [out] c (m, n); [in] a (m, k), and either b (n, k) with its
+// strides, or packed_b: ft_cpu_pack_weight's of b (n, k) or, if packed_transposed, of b^T (k, n);
+// the other is null. The result has the same bits. threads: at most this many.
+FT_API int ft_cpu_matmul(void* c, const void* a, const void* b, const void* packed_b,
+                         int64_t packed_b_bytes, int64_t m, int64_t n, int64_t k,
+                         int64_t a_stride_m, int64_t a_stride_k, int64_t b_stride_n,
+                         int64_t b_stride_k, int32_t packed_transposed, int32_t dtype,
+                         int32_t threads);
+
+// Packed weights: a weight (n, k) in the order in which the core reads the columns of a product
+// over k, behind a header of 64 bytes (csrc/cpu/pack.h). The values are the weight's own; lines are
+// filled up to a multiple of 16, 8 or 4. It serves the level of the instruction set at which it was
+// packed. Every function that takes one fails, before it reads a value, where header or size are
+// not those of the weight expected.
+
+// [out] bytes: the size of the packed form at the level in use.
+FT_API int ft_cpu_pack_weight_bytes(int64_t* bytes, int64_t n, int64_t k, int32_t dtype);
+// [out] packed: so many bytes, at an address that is a multiple of 8; [in] weight (n, k).
+FT_API int ft_cpu_pack_weight(void* packed, const void* weight, int64_t packed_bytes, int64_t n,
+                              int64_t k, int64_t stride_n, int64_t stride_k, int32_t dtype,
+                              int32_t threads);
+// [out] weight (n, k), bit for bit what was packed.
+FT_API int ft_cpu_unpack_weight(void* weight, const void* packed, int64_t packed_bytes, int64_t n,
+                                int64_t k, int32_t dtype, int32_t threads);
+
 // ---- lora ----------------------------------------------------------------------------------
 
 // y = x W^T + b + s * xa B^T with xa = dropout(x) A^T, accumulated in float32.

@@ -1,4 +1,4 @@
-"""The lora family on the native libraries."""
+"""lora_linear on the native libraries."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from pyfastft._random import dropout_threshold
 from pyfastft.native import _torch_gemm
 
 
-def _cpu_unsupported(first: torch.Tensor, *_: Any) -> str | None:
+def _cpu_unsupported(first: torch.Tensor, *args: Any) -> str | None:
     """Why the CPU library cannot run an op whose first argument has the base's dtype."""
+    at = 8 if len(args) == 12 else 7
+    if args[at - 7] is None or any(arg is not None for arg in args[at : at + 3]):
+        return "gates, packed weights and a base that is absent are not built yet"
     if first.dtype not in DTYPES:
         return f"{name_of(first.dtype)} is not one of {', '.join(map(name_of, DTYPES))}"
     return _native.why_no_cpu()
@@ -35,6 +38,9 @@ def lora_linear(
     scaling: torch.Tensor,
     p: float,
     rng: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    packed: torch.Tensor | None,
+    packed_dx: torch.Tensor | None,
 ) -> None:
     n, k = weight.shape
     r = lora_a.shape[0]
@@ -81,6 +87,7 @@ def lora_linear_backward(
     dlora_b: torch.Tensor,
     dbias: torch.Tensor,
     dscaling: torch.Tensor,
+    dgate: torch.Tensor,
     grad: torch.Tensor,
     x: torch.Tensor | None,
     weight: torch.Tensor,
@@ -90,6 +97,9 @@ def lora_linear_backward(
     scaling: torch.Tensor,
     p: float,
     rng: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    packed: torch.Tensor | None,
+    packed_dx: torch.Tensor | None,
     need: Sequence[bool],
 ) -> None:
     n, k = weight.shape
@@ -316,7 +326,7 @@ def lora_linear_cuda(y: torch.Tensor, xa: torch.Tensor, x: torch.Tensor, *args: 
 
 @implement("lora_linear_backward", "cuda", unsupported=_cuda_unsupported)
 def lora_linear_backward_cuda(*args: Any) -> None:
-    """The gradients of lora_linear that are needed; six outputs, then the op's arguments."""
-    grad = args[6]
+    """The gradients of lora_linear that are needed; seven outputs, then the op's arguments."""
+    grad = args[7]
     with torch.cuda.device_of(grad):
         _torch_gemm.backward(CudaStages(grad.device), *args)
