@@ -19,6 +19,9 @@ struct Product {
   float scale;          // of the sum
   const uint8_t* mask;  // selects from the scaled sum by element of C, or null
   int64_t mask_row_stride;
+  int64_t mask_element = 0;  // the mask's index of the element (0, 0) of C
+  // The rows of C that it is added to. The first product has them all.
+  int64_t first_row = 0, end_row = INT64_MAX;
 };
 
 struct Result {
@@ -76,7 +79,7 @@ struct Landing {
   float scale;
   const uint8_t* mask;               // or null
   int64_t element, mask_row_stride;  // the mask's index of the tile's first element
-  int rows;                          // that the mask knows of: a strip may be padded
+  int64_t first_row, end_row;        // of the tile, that the sums are wanted of
 };
 
 // tile (+)= rows^T columns over `items` items; column strips are column_strip floats apart. A tile
@@ -110,7 +113,8 @@ void register_tile(const float* rows, const float* columns, int64_t column_strip
     for (int s = 0; s < kSums; ++s) add_item(s, p + s);
   for (; p < items; ++p) add_item(0, p);
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i)
+  for (int i = 0; i < kRows; ++i) {
+    if (i < to.first_row || i >= to.end_row) continue;
 #pragma GCC unroll 2
     for (int j = 0; j < kStrips; ++j) {
       Vec total = sum[0][i][j];
@@ -118,11 +122,12 @@ void register_tile(const float* rows, const float* columns, int64_t column_strip
       if constexpr (kSums == 4)
         total = add(add(total, sum[1][i][j]), add(sum[2][i][j], sum[3][i][j]));
       total = mul(total, splat(to.scale));
-      if (to.mask && i < to.rows)
+      if (to.mask)
         total = select(total, keep_bits(to.mask, to.element + i * to.mask_row_stride + j * kLanes));
       float* at = to.tile + i * kBlockColumns + j * kLanes;
       store(at, to.accumulate ? add(load(at), total) : total);
     }
+  }
 }
 
 using RegisterTile = void (*)(const float*, const float*, int64_t, int64_t, const Landing&);
@@ -247,7 +252,8 @@ inline void compute_block(const Gemm& g, int64_t i0, int64_t i1, int64_t j0, int
     const Product& product = g.products[q];
     const Panel &row_panel = g.row_panels[q], &column_panel = g.column_panels[q];
     const bool streamed = g.few_rows && product.columns.stream && !column_panel.data &&
-                          product.scale == 1.0f && !product.mask;
+                          product.scale == 1.0f && !product.mask && !product.first_row &&
+                          product.end_row >= g.rows.end;
     if (streamed) {
       if (!accumulate) clear(tile, g.rows.height);
       product.columns.stream(product.columns, row_panel.at(0, 0, 0), rows, j, columns,
@@ -269,13 +275,16 @@ inline void compute_block(const Gemm& g, int64_t i0, int64_t i1, int64_t j0, int
                                          : own_columns + (strip - j0) % at_once * block * kLanes;
         for (int64_t s = i0; s < i1; ++s) {
           const int64_t first = g.rows.line(s);
+          if (first >= product.end_row || first + g.rows.lines(s) <= product.first_row) continue;
           const Landing to{tile + (first - i) * kBlockColumns + (strip - j0) * kLanes,
                            accumulate,
                            product.scale,
                            product.mask,
-                           first * product.mask_row_stride + g.columns.line(strip),
+                           product.mask_element + first * product.mask_row_stride +
+                               g.columns.line(strip),
                            product.mask_row_stride,
-                           g.rows.lines(s)};
+                           product.first_row - first,
+                           lesser(g.rows.lines(s), product.end_row - first)};
           choose_tile(g.rows.lines(s), strips, product.depth.pairs)(
               row_panel.at(p, s, block), column_strips, block * kLanes, block, to);
         }
