@@ -31,7 +31,7 @@ TABLE = Path(__file__).with_name("_engine.json")
 VARIABLE = "PYFASTFT_LORA_ENGINE"
 
 # A measurement speaks for sizes within this factor of its own, each of them.
-REACH = math.sqrt(2)
+REACH = 2.0
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ FUSED_RANKS = (16, 32)
 # is the smallest of DECODE_ROWS that holds the rows, and one tile of ranks holds the rank: float32
 # factors stand in registers, so fewer of them fit.
 DECODE_TILES: dict[str, tuple[Tiles, ...]] = {
-    "half": (Tiles(16, 32, 128, 4, 4), Tiles(16, 64, 64, 4, 4), Tiles(16, 16, 256, 4, 3)),
+    "half": (Tiles(16, 32, 128, 4, 4), Tiles(16, 64, 64, 4, 4), Tiles(16, 16, 128, 4, 5)),
     "mixed": (Tiles(16, 32, 64, 8, 4), Tiles(16, 16, 64, 4, 4)),
     "float32": (Tiles(16, 32, 32, 8, 4), Tiles(16, 16, 32, 4, 4)),
 }
@@ -193,9 +193,9 @@ def _measured_choice(problem: Problem, device: str) -> Choice:
 
 def _distance(row: dict[str, Any], problem: Problem) -> float:
     """The largest factor between a measured size and the problem's, as a binary logarithm."""
-    if any(row[name] != getattr(problem, name) for name in _SAME):
+    if any(row[name] != getattr(problem, name) for name in SAME):
         return math.inf
-    return max(abs(math.log2(row[name] / getattr(problem, name))) for name in _NEAR)
+    return max(abs(math.log2(row[name] / getattr(problem, name))) for name in NEAR)
 
 
 @functools.cache
@@ -228,7 +228,7 @@ def _forced_choice(name: str, why: str, tiles: Tiles | None = None) -> Choice | 
     return Choice(name, why, tiles)
 
 
-_SAME = ("direction", "dtype", "adapter", "dropout")
-_NEAR = ("m", "n", "k", "r")
+SAME = ("direction", "dtype", "adapter", "dropout")
+NEAR = ("m", "n", "k", "r")
 # Process-wide, as a forced backend is, and for its reason.
 _forced = _forced_choice(os.environ.get(VARIABLE, ""), f"{VARIABLE} says so")

@@ -109,8 +109,9 @@ def _fused() -> ModuleType | None:
 
 
 @functools.cache
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def device_name(device: torch.device) -> str:
+    """What the table of measurements calls a device."""
+    return torch.cuda.getdevice_name(device) if device.type == "cuda" else device.type
 
 
 def choose(
@@ -142,7 +143,7 @@ def choose(
         and all(step % 16 == 0 for step in steps)
         and (wide.data_ptr() | weight.data_ptr()) % 16 == 0,
     )
-    choice = _engine.plan(problem, _device_name(wide.device))
+    choice = _engine.plan(problem, device_name(wide.device))
     if choice.engine != "gemm" and _fused() is None:
         return _engine.Choice("gemm", f"{choice.why}, but Triton cannot be imported")
     return choice

@@ -344,7 +344,7 @@ def test_what_is_forced_runs_where_it_can() -> None:
 def test_the_committed_measurements_can_be_launched() -> None:
     for device, measurement in json.loads(Path(_engine.TABLE).read_text()).items():
         for one in measurement["rows"]:
-            sizes = {name: one[name] for name in (*_engine._SAME, *_engine._NEAR)}
-            assert math.prod(one[name] for name in _engine._NEAR) > 0
+            sizes = {name: one[name] for name in (*_engine.SAME, *_engine.NEAR)}
+            assert math.prod(one[name] for name in _engine.NEAR) > 0
             choice = _engine.plan(Problem(**sizes, aligned=True), device)
             assert (choice.engine, "outdated" in choice.why) == (one["engine"], False)
