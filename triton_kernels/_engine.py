@@ -28,7 +28,6 @@ from pyfastft.triton_kernels._plan import MASKED_TILE
 
 ENGINES = ("gemm", "fused", "decode")
 TABLE = Path(__file__).with_name("_engine.json")
-VARIABLE = "PYFASTFT_LORA_ENGINE"
 
 # A measurement speaks for sizes within this factor of its own, each of them.
 REACH = 2.0
@@ -77,8 +76,8 @@ class Choice:
 # tests compile every one for sm_80, sm_90 and sm_100: whatever spilled on one of them is not here.
 #
 # half: tensor cores multiply everything. mixed: float32 factors beside a half base take part as
-# three TF32 products, which need registers for the halves that they are cut into. float32: FMA
-# units, whose operands stand in registers. With dropout the mask stands in registers, too.
+# bfloat16 pieces, which are made in registers. float32: FMA units, whose operands stand in
+# registers. With dropout the mask stands in registers, too.
 FUSED_TILES: dict[tuple[str, bool], tuple[Tiles, ...]] = {
     ("half", False): (
         Tiles(128, 256, 64, 8, 3),
@@ -91,8 +90,8 @@ FUSED_TILES: dict[tuple[str, bool], tuple[Tiles, ...]] = {
         Tiles(64, 256, 64, 8, 3),
         Tiles(64, 128, 64, 4, 4),
     ),
-    ("mixed", False): (Tiles(64, 128, 64, 8, 4), Tiles(64, 128, 64, 4, 4)),
-    ("mixed", True): (Tiles(64, 128, 64, 8, 4), Tiles(64, 128, 64, 4, 4)),
+    ("mixed", False): (Tiles(128, 128, 64, 8, 4), Tiles(64, 128, 64, 8, 4)),
+    ("mixed", True): (Tiles(128, 128, 64, 8, 4), Tiles(64, 128, 64, 8, 4)),
     ("float32", False): (Tiles(128, 64, 16, 8, 2), Tiles(64, 64, 16, 8, 2)),
     ("float32", True): (Tiles(128, 64, 16, 8, 2), Tiles(64, 64, 16, 8, 2)),
 }
@@ -224,11 +223,12 @@ def _forced_choice(name: str, why: str, tiles: Tiles | None = None) -> Choice | 
     if name in ("", "auto"):
         return None
     if name not in ENGINES:
-        raise ValueError(f"{VARIABLE}: expected {', '.join(ENGINES)} or auto, got {name!r}")
+        known = ", ".join(ENGINES)
+        raise ValueError(f"PYFASTFT_LORA_ENGINE: expected {known} or auto, got {name!r}")
     return Choice(name, why, tiles)
 
 
 SAME = ("direction", "dtype", "adapter", "dropout")
 NEAR = ("m", "n", "k", "r")
 # Process-wide, as a forced backend is, and for its reason.
-_forced = _forced_choice(os.environ.get(VARIABLE, ""), f"{VARIABLE} says so")
+_forced = _forced_choice(os.environ.get("PYFASTFT_LORA_ENGINE", ""), "PYFASTFT_LORA_ENGINE says so")

@@ -149,6 +149,43 @@ def choose(
     return choice
 
 
+def explain_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: torch.Tensor,
+    p: float,
+    rng: torch.Tensor | None,
+    *_: Any,
+) -> str:
+    """Which engine lora_linear would run on, and why."""
+    threshold = dropout_threshold(p) if rng is not None else 0
+    return _told(choose("forward", _rows(x, x.shape[-1]), weight, lora_a, threshold))
+
+
+def explain_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    xa: torch.Tensor | None,
+    scaling: torch.Tensor,
+    p: float,
+    rng: torch.Tensor | None,
+    *_: Any,
+) -> str:
+    """Which engine lora_linear_backward would run on, and why."""
+    threshold = dropout_threshold(p) if rng is not None else 0
+    return _told(choose("backward", _rows(grad, grad.shape[-1]), weight, lora_a, threshold))
+
+
+def _told(choice: Any) -> str:
+    return f"{choice.engine}: {choice.why}"
+
+
 def forward(
     stages: Stages,
     y: torch.Tensor,

@@ -180,14 +180,12 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 
 def multiplies_half(arguments: dict[str, Any]) -> bool:
-    """Whether tensor cores have to run: a half base or a half adapter is multiplied, or float32 in
-    parts."""
-    products = [arguments[name].dtype for name in ("w_ptr",) if name in arguments]
-    half = arguments.get("DOT") in (tl.bfloat16, tl.float16)
+    """Whether tensor cores have to run: for a half base, a half factor, or one cut into halves."""
+    base = arguments.get("w_ptr")
     return (
-        half
-        or any(dtype is not torch.float32 for dtype in products)
-        or arguments.get("DOT_PRECISION") == "tf32x3"
+        arguments.get("DOT") in (tl.bfloat16, tl.float16)
+        or (base is not None and base.dtype is not torch.float32)
+        or arguments.get("PIECES", False)
     )
 
 

@@ -257,6 +257,17 @@ def test_a_forced_engine_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert launched == names, engine
 
 
+def test_explain_says_which_engine_and_why() -> None:
+    x, w, a, b = (torch.randn(*s, device=DEVICE) for s in ((4, 16), (8, 16), (2, 16), (8, 2)))
+    with backend("triton"):
+        assert "triton, engine gemm: nothing has been measured on" in str(
+            pyfastft.explain("lora_linear", x, w, a, b, None, torch.ones((), device=DEVICE))
+        )
+        with _engine.forced("decode"):
+            explanation = pyfastft.explain("lora_linear", x, w, a, b, None, torch.ones(()))
+            assert explanation.engine == "decode: decode is forced"
+
+
 # -- the choice ------------------------------------------------------------------------------------
 
 PROBLEM = Problem("forward", 8192, 4096, 4096, 16, "bfloat16", "bfloat16", True, aligned=True)

@@ -18,7 +18,7 @@ import triton.language as tl
 from pyfastft._random import dropout_scale
 from pyfastft.triton_kernels._common import device_of, dropout_keep
 from pyfastft.triton_kernels._engine import FUSED_RANKS, Tiles
-from pyfastft.triton_kernels.lora._stages import DOT, masking
+from pyfastft.triton_kernels.lora._stages import _masking
 
 # What changes from call to call: a kernel must not be compiled for these values.
 _VARYING = ["M", "threshold"]
@@ -32,6 +32,25 @@ def _tile_of(pid, tiles_m, tiles_c, GROUP_M: tl.constexpr):
     first = pid // per_group * GROUP_M
     height = tl.minimum(tiles_m - first, GROUP_M)
     return first + pid % per_group % height, pid % per_group // height
+
+
+@triton.jit
+def _add_low_rank(acc, u, v, DOT: tl.constexpr, PIECES: tl.constexpr):
+    """acc + u v, on tensor cores also where the factors are float32 beside a half base (PIECES).
+
+    There each is a sum of two bfloat16 pieces, which keep 16 of its 24 bits; of the four products
+    the smallest is left out. The result is rounded to at most 11 bits.
+    """
+    if PIECES:
+        u_high, v_high = u.to(tl.bfloat16), v.to(tl.bfloat16)
+        u_low = (u - u_high.to(tl.float32)).to(tl.bfloat16)
+        v_low = (v - v_high.to(tl.float32)).to(tl.bfloat16)
+        acc = tl.dot(u_low, v_high, acc)
+        acc = tl.dot(u_high, v_low, acc)
+        acc = tl.dot(u_high, v_high, acc)
+    else:
+        acc = tl.dot(u.to(DOT), v, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -56,7 +75,7 @@ def _lora_gemm_kernel(
     threshold,
     scale,
     DOT: tl.constexpr,
-    DOT_PRECISION: tl.constexpr,
+    PIECES: tl.constexpr,
     DROPOUT: tl.constexpr,
     GROUPED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -68,8 +87,8 @@ def _lora_gemm_kernel(
     """Computes out (M, C) = a w + bias + s * scale * select(u v), the mask that of out's elements.
 
     Tiling: a program owns a tile of out; it loops over the rank, then over D.
-    Numerics: u is rounded to DOT; the low-rank sum is masked and scaled in float32 before the
-    product is added to it; one rounding to out's dtype.
+    Numerics: u is rounded to DOT, or cut into PIECES; the low-rank sum is masked and scaled in
+    float32 before the product is added to it; one rounding to out's dtype.
     Traffic: a, w, u and v as their tiles demand; out is written once.
     Relies on: a has unit column stride; u (M, R) and out are contiguous.
     """
@@ -93,7 +112,7 @@ def _lora_gemm_kernel(
             mask=(ranks < R)[:, None] & in_columns,
             other=0.0,
         )
-        acc = tl.dot(u.to(DOT), v, acc, input_precision=DOT_PRECISION)
+        acc = _add_low_rank(acc, u, v, DOT, PIECES)
     if DROPOUT:
         keep = dropout_keep(rng_ptr, rows, first_column, C, threshold, BLOCK_C, GROUPED)
         acc = tl.where(keep, acc, 0.0)
@@ -136,7 +155,7 @@ def _finish(
     R,
     gate_stride_m,
     DOT: tl.constexpr,
-    DOT_PRECISION: tl.constexpr,
+    PIECES: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """y = product + bias + s_scaling * (s * gate) B^T of a tile, s (rows, R) rounded to DOT before;
@@ -156,7 +175,8 @@ def _finish(
         mask=(ranks < R)[:, None] & (columns < N)[None, :],
         other=0.0,
     )
-    acc = product + tl.dot(u, b, input_precision=DOT_PRECISION) * tl.load(scaling_ptr)
+    low_rank = _add_low_rank(tl.zeros_like(product), u, b, DOT, PIECES)
+    acc = product + low_rank * tl.load(scaling_ptr)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     tl.store(
@@ -187,7 +207,7 @@ def _lora_decode_kernel(
     w_stride_k,
     gate_stride_m,
     DOT: tl.constexpr,
-    DOT_PRECISION: tl.constexpr,
+    PIECES: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -249,7 +269,7 @@ def _lora_decode_kernel(
             R,
             gate_stride_m,
             DOT,
-            DOT_PRECISION,
+            PIECES,
             BLOCK_R,
         )
     else:
@@ -282,7 +302,7 @@ def _lora_decode_sum_kernel(
     splits,
     gate_stride_m,
     DOT: tl.constexpr,
-    DOT_PRECISION: tl.constexpr,
+    PIECES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -315,7 +335,7 @@ def _lora_decode_sum_kernel(
         R,
         gate_stride_m,
         DOT,
-        DOT_PRECISION,
+        PIECES,
         BLOCK_R,
     )
 
@@ -331,9 +351,8 @@ def _meta(tiles: Tiles, base: torch.Tensor, adapter: torch.Tensor, block_r: int)
     """What every kernel is compiled for, and how it is launched."""
     mixed = adapter.dtype is torch.float32 and base.dtype is not torch.float32
     return {
-        "DOT": DOT[adapter.dtype],
-        # Beside a half base three TF32 products are as good as IEEE, and run on tensor cores.
-        "DOT_PRECISION": "tf32x3" if mixed else "ieee",
+        "DOT": getattr(tl, str(adapter.dtype).removeprefix("torch.")),
+        "PIECES": mixed,
         "BLOCK_M": tiles.block_m,
         "BLOCK_C": tiles.block_c,
         "BLOCK_R": block_r,
@@ -380,7 +399,7 @@ def _gemm(
         scale=dropout_scale(threshold),
         BLOCK_D=tiles.block_d,
         GROUP_M=_GROUP_M,
-        **masking(c, rng, threshold),
+        **_masking(c, rng, threshold),
         **_meta(tiles, a, v, block_r),
     )
 

@@ -244,7 +244,7 @@ def _dot_parts_kernel(parts_ptr, a_ptr, b_ptr, size, part, BLOCK: tl.constexpr):
 
 # -- launchers -------------------------------------------------------------------------------------
 
-DOT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_DOT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # One program of the small sums: enough elements for every thread of 4 warps to load 16 bytes.
 _SUM_BLOCK = 512
 # At most this many parts of a dot product; one program adds them up.
@@ -254,7 +254,7 @@ _DOT_PARTS = 64
 def _meta(launch: Launch, adapter: torch.Tensor) -> dict[str, Any]:
     """What every kernel is compiled for, and how it is launched."""
     return {
-        "DOT": DOT[adapter.dtype],
+        "DOT": _DOT[adapter.dtype],
         "BLOCK_M": launch.block_m,
         "BLOCK_C": launch.block_c,
         "BLOCK_R": launch.block_r,
@@ -266,7 +266,7 @@ def _meta(launch: Launch, adapter: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def masking(columns: int, rng: torch.Tensor | None, threshold: int) -> dict[str, Any]:
+def _masking(columns: int, rng: torch.Tensor | None, threshold: int) -> dict[str, Any]:
     """Whether and how a kernel drops elements of a matrix with so many columns."""
     dropping = rng is not None and threshold > 0
     return {
@@ -341,7 +341,7 @@ class TritonStages:
             v_stride_c=v.stride(0),
             v_stride_r=v.stride(1),
             scale=dropout_scale(threshold),
-            **masking(c, rng, threshold),
+            **_masking(c, rng, threshold),
             **_meta(launch, v),
         )
         if parts is not out:
@@ -370,7 +370,7 @@ class TritonStages:
             v_stride_r=v.stride(0),
             v_stride_c=v.stride(1),
             scale=dropout_scale(threshold),
-            **masking(c, rng, threshold),
+            **_masking(c, rng, threshold),
             **_meta(launch, v),
         )
 
@@ -408,7 +408,7 @@ class TritonStages:
             parts_stride_c=strides[0],
             parts_stride_r=strides[1],
             WITH_T=t is not None,
-            **masking(c, rng, threshold),
+            **_masking(c, rng, threshold),
             **_meta(launch, out),
         )
         _sum_parts(out, parts, scaling, dropout_scale(threshold))
