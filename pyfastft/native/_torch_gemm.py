@@ -162,7 +162,7 @@ def explain_forward(
 ) -> str:
     """Which engine lora_linear would run on, and why."""
     threshold = dropout_threshold(p) if rng is not None else 0
-    return _told(choose("forward", _rows(x, x.shape[-1]), weight, lora_a, threshold))
+    return _told(choose("forward", matrix_rows(x, x.shape[-1]), weight, lora_a, threshold))
 
 
 def explain_backward(
@@ -179,7 +179,7 @@ def explain_backward(
 ) -> str:
     """Which engine lora_linear_backward would run on, and why."""
     threshold = dropout_threshold(p) if rng is not None else 0
-    return _told(choose("backward", _rows(grad, grad.shape[-1]), weight, lora_a, threshold))
+    return _told(choose("backward", matrix_rows(grad, grad.shape[-1]), weight, lora_a, threshold))
 
 
 def _told(choice: Any) -> str:
