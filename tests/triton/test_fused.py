@@ -268,6 +268,17 @@ def test_explain_says_which_engine_and_why() -> None:
             assert explanation.engine == "decode: decode is forced"
 
 
+@pytest.mark.parametrize("direction", ["lora_linear", "lora_linear_backward"])
+def test_a_base_that_is_only_packed_is_refused(direction: str) -> None:
+    """Without the plain weight there would be no base product, silently."""
+    op = REGISTRY[direction]
+    args = dict(zip(op.parameters, next(samples(direction)).build(PRECISIONS[0], DEVICE)))
+    assert op.impl("triton").unsupported(*args.values()) is None
+    for name in ("packed", "packed_dx"):
+        packed = {**args, "weight": None, name: torch.zeros(8, dtype=torch.uint8)}
+        assert "only as packed" in op.impl("triton").unsupported(*packed.values())
+
+
 # -- the choice ------------------------------------------------------------------------------------
 
 PROBLEM = Problem("forward", 8192, 4096, 4096, 16, "bfloat16", "bfloat16", True, aligned=True)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from pyfastft._random import dropout_scale
-from pyfastft.triton_kernels._common import device_of, dropout_keep
+from pyfastft.triton_kernels._common import DOT_TYPES, OPTIONS, device_of, dropout_keep
 from pyfastft.triton_kernels._engine import FUSED_RANKS, Tiles
 from pyfastft.triton_kernels.lora._stages import _masking
 
@@ -351,16 +351,14 @@ def _meta(tiles: Tiles, base: torch.Tensor, adapter: torch.Tensor, block_r: int)
     """What every kernel is compiled for, and how it is launched."""
     mixed = adapter.dtype is torch.float32 and base.dtype is not torch.float32
     return {
-        "DOT": getattr(tl, str(adapter.dtype).removeprefix("torch.")),
+        "DOT": DOT_TYPES[adapter.dtype],
         "PIECES": mixed,
         "BLOCK_M": tiles.block_m,
         "BLOCK_C": tiles.block_c,
         "BLOCK_R": block_r,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
-        "enable_fp_fusion": True,
-        # Left alone, ptxas spills a few bytes to reach its next step of occupancy.
-        "maxnreg": 255,
+        **OPTIONS,
     }
 
 

@@ -13,13 +13,11 @@ from pyfastft.triton_kernels.lora._stages import TritonStages
 
 
 def _forward_unsupported(*args: Any) -> str | None:
-    x, weight = args[:2]
-    return why_no_triton(x) or _torch_gemm.base_is_packed(weight, *args[9:11])
+    return why_no_triton(args[0]) or _torch_gemm.base_is_packed(args[1], *args[9:11])
 
 
 def _backward_unsupported(*args: Any) -> str | None:
-    grad, _, weight = args[:3]
-    return why_no_triton(grad) or _torch_gemm.base_is_packed(weight, *args[10:12])
+    return why_no_triton(args[0]) or _torch_gemm.base_is_packed(args[2], *args[10:12])
 
 
 @implement(
