@@ -111,7 +111,7 @@ def _fused() -> ModuleType | None:
 @functools.cache
 def device_name(device: torch.device) -> str:
     """What the table of measurements calls a device."""
-    return torch.cuda.getdevice_name(device) if device.type == "cuda" else device.type
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def choose(
