@@ -144,6 +144,10 @@ setup(
             for path in sorted((ROOT / "triton_kernels").glob("*/__init__.py"))
         ),
         "pyfastft.benchmarks",
+        *(
+            f"pyfastft.benchmarks.{path.parent.name}"
+            for path in sorted((ROOT / "benchmarks").glob("*/__init__.py"))
+        ),
     ],
     package_dir={
         "pyfastft": "pyfastft",
@@ -152,6 +156,7 @@ setup(
     },
     package_data={
         "pyfastft": ["py.typed"],
+        "pyfastft.triton_kernels": ["*.json"],
         "pyfastft.benchmarks": ["*.c", "bars.toml", "results/**/*"],
     },
     # Named only so that setuptools makes a platform wheel and ships the sources with an sdist;

@@ -87,23 +87,29 @@ def backend(name: str | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Impl:
-    """A backend of an op: its launcher, and the reason why it cannot take these arguments."""
+    """A backend of an op: its launcher, the reason why it cannot take these arguments, and which of
+    its engines would take them, where it has several."""
 
     launch: Callable[..., None]
     unsupported: Callable[..., str | None]
+    engine: Callable[..., str | None] = lambda *args: None
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend an op would run on, and why each backend considered before it would not."""
+    """Which backend an op would run on, and why each backend considered before it would not;
+    ``engine`` says which of the backend's engines and why, where it has several."""
 
     op: str
     device: str
     chosen: str | None
     reasons: dict[str, str]
+    engine: str | None = None
 
     def __str__(self) -> str:
         head = f"{self.op} on {self.device}: {self.chosen or 'no backend can run it'}"
+        if self.engine is not None:
+            head += f", engine {self.engine}"
         return "\n".join([head, *(f"  {name}: {why}" for name, why in self.reasons.items())])
 
 
@@ -116,12 +122,14 @@ class Op:
     contract: Callable[..., Any]
     parameters: tuple[str, ...]
     mutates: bool
+    lists: bool  # takes or returns lists of tensors
     overload: Any = None
-    eager: Any = None
+    derivative: Any = None  # its autograd.Function
+    eager: Any = None  # the same for the eager short way, which lists of tensors cannot take
     impls: dict[str, Impl | str] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or self.mutates or not _is_plain(args):
+        if torch.compiler.is_compiling() or self.mutates or self.lists or not _is_plain(args):
             return self.overload(*args)
         if torch.is_grad_enabled() and _any_requires_grad(args):
             return self.overload(*args) if self.eager is None else self.eager.apply(*args)
@@ -183,7 +191,8 @@ class Op:
             found = self.impl(name)
             why = found if isinstance(found, str) else found.unsupported(*values)
             if why is None:
-                return Explanation(self.name, device, name, reasons)
+                engine = found.engine(*values)  # type: ignore[union-attr]
+                return Explanation(self.name, device, name, reasons, engine)
             reasons[name] = why
         return Explanation(self.name, device, None, reasons)
 
@@ -202,15 +211,17 @@ class Op:
     def _describe(self, args: tuple[Any, ...]) -> str:
         return ", ".join(
             f"{name}={tuple(arg.shape)}:{str(arg.dtype).removeprefix('torch.')}"
-            for name, arg in zip(self.parameters, args, strict=False)
+            for name, value in zip(self.parameters, args, strict=False)
+            for arg in (value if isinstance(value, list | tuple) else (value,))
             if isinstance(arg, torch.Tensor)
         )
 
 
 def _device_of(args: tuple[Any, ...]) -> str:
     for arg in args:
-        if isinstance(arg, torch.Tensor):
-            return arg.device.type
+        first = arg[0] if isinstance(arg, list | tuple) and arg else arg
+        if isinstance(first, torch.Tensor):
+            return first.device.type
     raise TypeError("expected a tensor among the arguments, got none")
 
 
@@ -235,6 +246,7 @@ def define(schema: str, *, autocast: Collection[str] = ()) -> Callable[[Callable
             contract=contract,
             parameters=tuple(inspect.signature(contract).parameters),
             mutates="!" in schema,
+            lists="Tensor[]" in schema,
         )
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{NAMESPACE}::{name}", contract, lib=_LIBRARY)
@@ -253,16 +265,19 @@ def define(schema: str, *, autocast: Collection[str] = ()) -> Callable[[Callable
 
 
 def _autocast(op: Op, device: str, names: Collection[str]) -> Callable[..., Any]:
+    def cast(arg: Any, dtype: torch.dtype) -> Any:
+        if isinstance(arg, list | tuple):
+            return [cast(one, dtype) for one in arg]
+        if isinstance(arg, torch.Tensor) and arg.dtype in _AUTOCAST_DTYPES:
+            return arg.to(dtype)
+        return arg
+
     def cast_and_call(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
         with torch.amp.autocast(device, enabled=False):
             return op.overload(
                 *(
-                    arg.to(dtype)
-                    if name in names
-                    and isinstance(arg, torch.Tensor)
-                    and arg.dtype in _AUTOCAST_DTYPES
-                    else arg
+                    cast(arg, dtype) if name in names else arg
                     for name, arg in zip(op.parameters, args, strict=False)
                 )
             )
@@ -271,7 +286,11 @@ def _autocast(op: Op, device: str, names: Collection[str]) -> Callable[..., Any]
 
 
 def implement(
-    name: str, backend: str, *, unsupported: Callable[..., str | None] = lambda *args: None
+    name: str,
+    backend: str,
+    *,
+    unsupported: Callable[..., str | None] = lambda *args: None,
+    engine: Callable[..., str | None] = lambda *args: None,
 ) -> Callable[[_Launch], _Launch]:
     """Register the decorated launcher as one backend of an op.
 
@@ -280,10 +299,11 @@ def implement(
         backend: one of :data:`BACKENDS`.
         unsupported: takes the op's arguments and returns why this backend cannot run them, or
             ``None`` where it can. The only predicate that a backend has.
+        engine: takes the same and says which of the backend's engines would run, and why.
     """
 
     def decorate(launch: _Launch) -> _Launch:
-        REGISTRY[name].impls[backend] = Impl(launch, unsupported)
+        REGISTRY[name].impls[backend] = Impl(launch, unsupported, engine)
         return launch
 
     return decorate
@@ -295,7 +315,8 @@ def differentiable(name: str) -> Callable[[_Class], _Class]:
     The class has ``forward``, ``setup_context`` and ``backward`` as static methods. It serves as a
     drop-in by itself, is registered as the operator's autograd formula, and gives the eager short
     way its adapter: a Function whose ``forward`` takes ``ctx`` costs a quarter of one with
-    ``setup_context`` to apply.
+    ``setup_context`` to apply. An op with lists of tensors has the formula alone, without
+    ``forward``: a Function does not see tensors in lists.
     """
 
     def decorate(function: _Class) -> _Class:
@@ -306,6 +327,9 @@ def differentiable(name: str) -> Callable[[_Class], _Class]:
             setup_context=function.setup_context,  # type: ignore[attr-defined]
             lib=_LIBRARY,
         )
+        op.derivative = function
+        if op.lists:
+            return function
 
         def forward(ctx: Any, *args: Any) -> Any:
             outputs = op.run(*args)
@@ -323,6 +347,19 @@ def differentiable(name: str) -> Callable[[_Class], _Class]:
         return function
 
     return decorate
+
+
+def needs_of(ctx: Any, inputs: tuple[Any, ...]) -> list[Any]:
+    """``ctx.needs_input_grad`` of an op with lists as it stands in ``setup_context``, one flag per
+    input, or one list of flags for a list of tensors: there torch has them in one flat tuple.
+    """
+    flags = iter(ctx.needs_input_grad)
+    return [
+        [next(flags) for _ in value]
+        if isinstance(value, list) and all(isinstance(one, torch.Tensor) for one in value)
+        else next(flags)
+        for value in inputs
+    ]
 
 
 def not_differentiable(name: str) -> None:

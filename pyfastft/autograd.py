@@ -1,5 +1,5 @@
 """The ops' ``autograd.Function`` classes, for code that applies Functions itself."""
 
-from pyfastft.ops.lora import LoRALinearFunction
+from pyfastft.ops.lora import AbsRowSumsFunction, LoRALinearFunction, ScaleColumnsFunction
 
-__all__ = ["LoRALinearFunction"]
+__all__ = ["AbsRowSumsFunction", "LoRALinearFunction", "ScaleColumnsFunction"]

@@ -32,7 +32,7 @@ GPU = torch.cuda.is_available()
 
 ALL_SAMPLES = [sample for op in REGISTRY for sample in samples(op)]
 SMALL_SAMPLES = [sample for sample in ALL_SAMPLES if not sample.large]
-DIFFERENTIABLE = [op for op in REGISTRY.values() if op.eager is not None]
+DIFFERENTIABLE = [op for op in REGISTRY.values() if op.derivative is not None]
 
 
 def device_of(name: str) -> torch.device:
@@ -41,8 +41,22 @@ def device_of(name: str) -> torch.device:
 
 def run(op: Op, name: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
     with backend(name):
-        outputs = op(*args)
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+        return flat(op(*args))
+
+
+def flat(values: Any) -> tuple[Any, ...]:
+    """The values of a tuple, those of a list in it each by itself."""
+    values = values if isinstance(values, tuple) else (values,)
+    return tuple(one for v in values for one in (v if isinstance(v, list) else (v,)))
+
+
+def mapped(function: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The function of every tensor among the arguments and in lists of them."""
+
+    def one(arg: Any) -> Any:
+        return function(arg) if isinstance(arg, torch.Tensor) else arg
+
+    return tuple([one(a) for a in arg] if isinstance(arg, list) else one(arg) for arg in args)
 
 
 def skip_unless_supported(op: Op, name: str, args: tuple[Any, ...]) -> None:
@@ -84,10 +98,10 @@ def test_inputs_are_left_alone(name: str, sample: Sample) -> None:
         pytest.skip("mutates by design")
     args = sample.build(FLOAT32, device_of(name))
     skip_unless_supported(op, name, args)
-    before = copy.deepcopy([a for a in args if isinstance(a, torch.Tensor)])
-    versions = [a._version for a in args if isinstance(a, torch.Tensor)]
+    before = copy.deepcopy(_tensors(args))
+    versions = [a._version for a in _tensors(args)]
     run(op, name, args)
-    after = [a for a in args if isinstance(a, torch.Tensor)]
+    after = _tensors(args)
     assert [a._version for a in after] == versions
     for old, new in zip(before, after, strict=True):
         assert_exact(new, old, "an input")
@@ -100,46 +114,48 @@ def test_opcheck(name: str, sample: Sample) -> None:
     op = REGISTRY[sample.op]
     args = sample.build(FLOAT32, CPU)
     skip_unless_supported(op, name, args)
-    if op.eager is not None:
-        args = tuple(
-            a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
-            for a in args
-        )
+    if op.derivative is not None:
+        args = mapped(lambda a: a.requires_grad_() if a.is_floating_point() else a, args)
     with backend(name):
         torch.library.opcheck(op.overload, args)
 
 
 def differentiable_samples() -> list[Sample]:
-    wanted = [s for s in SMALL_SAMPLES if REGISTRY[s.op].eager is not None]
+    wanted = [s for s in SMALL_SAMPLES if REGISTRY[s.op].derivative is not None]
     return [s for s in wanted if all(a.numel() for a in _tensors(s.build(FLOAT32, CPU)))]
 
 
 def _tensors(args: tuple[Any, ...]) -> list[torch.Tensor]:
-    return [a for a in args if isinstance(a, torch.Tensor)]
+    return [a for a in flat(args) if isinstance(a, torch.Tensor)]
 
 
 def leaves(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments as leaves that require a gradient, where they can have one."""
-    return tuple(
-        a.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-        if isinstance(a, torch.Tensor) and a.is_floating_point()
-        else a
-        for a in args
+    return mapped(
+        lambda a: (
+            a.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+            if a.is_floating_point()
+            else a
+        ),
+        args,
     )
 
 
-def first(outputs: Any) -> torch.Tensor:
-    return outputs[0] if isinstance(outputs, tuple) else outputs
+def first(outputs: Any) -> tuple[torch.Tensor, ...]:
+    """What an op computes; what comes after it is kept for the backward."""
+    return flat(outputs[0] if isinstance(outputs, tuple) else outputs)
 
 
 def gradients(call: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:
     """Of a weighted sum of the output, with the output's signs: where a gradient is one number,
     its terms should not cancel, or its naive error would be a matter of luck."""
-    output = first(call(*args))
-    weights = torch.linspace(0.5, 1, output.numel(), dtype=torch.float64).view(output.shape)
-    weights = weights.to(output.device) * output.detach().sign()
+    outputs = first(call(*args))
+    weights = []
+    for output in outputs:
+        weight = torch.linspace(0.5, 1, output.numel(), dtype=torch.float64).view(output.shape)
+        weights.append((weight.to(output.device) * output.detach().sign()).to(output.dtype))
     wanted = [a for a in _tensors(args) if a.requires_grad]
-    return list(torch.autograd.grad(output, wanted, weights.to(output.dtype)))
+    return list(torch.autograd.grad(outputs, wanted, weights))
 
 
 def tiny_samples() -> list[Sample]:
@@ -156,11 +172,19 @@ def test_gradcheck(way: str, sample: Sample) -> None:
     op = REGISTRY[sample.op]
     args = leaves(sample.build(FLOAT64, CPU))
     if way == "Function":
+        if op.lists:
+            pytest.skip("a Function does not see tensors in lists")
         known = [getattr(functions, name) for name in functions.__all__]
-        function = next(f for f in known if f.backward is op.eager.backward)
+        function = next(f for f in known if f is op.derivative)
     call = {"op": op, "operator": op.overload}.get(way) or function.apply
+    inputs = [a for a in _tensors(args) if a.requires_grad]
+
+    def output(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        replaced = iter(values)
+        return first(call(*mapped(lambda a: next(replaced) if a.requires_grad else a, args)))
+
     with backend("reference"):
-        assert torch.autograd.gradcheck(lambda *a: first(call(*a)), args)
+        assert torch.autograd.gradcheck(output, inputs)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -184,17 +208,20 @@ def test_gradients_through_autograd(name: str, sample: Sample) -> None:
 def test_only_the_gradients_asked_for(op: Op) -> None:
     sample = next(samples(op.name))
     args = sample.build(FLOAT32, CPU)
-    floats = [
-        i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point()
-    ]
-    whole = dict(zip(floats, gradients(op, leaves(args)), strict=True))
-    for wanted in range(1, 2 ** len(floats)):
-        asked = [i for bit, i in enumerate(floats) if wanted >> bit & 1]
-        some = tuple(
-            a.detach().clone().requires_grad_() if i in asked else a for i, a in enumerate(args)
+    whole = gradients(op, leaves(args))
+    for wanted in range(1, 2 ** len(whole)):
+        bits = iter(range(len(whole)))
+        some = mapped(
+            lambda a, wanted=wanted, bits=bits: (
+                a.detach().clone().requires_grad_(bool(wanted >> next(bits) & 1))
+                if a.is_floating_point()
+                else a
+            ),
+            args,
         )
-        for i, gradient in zip(asked, gradients(op, some), strict=True):
-            assert_exact(gradient, whole[i], f"gradient of {op.parameters[i]}")
+        asked = [gradient for bit, gradient in enumerate(whole) if wanted >> bit & 1]
+        for gradient, expected in zip(gradients(op, some), asked, strict=True):
+            assert_exact(gradient, expected, f"a gradient of subset {wanted:b}")
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
@@ -203,7 +230,8 @@ def test_double_backward_raises(op: Op, way: str) -> None:
     args = leaves(next(samples(op.name)).build(FLOAT32, CPU))
     call = op if way == "op" else op.overload
     inputs = [a for a in _tensors(args) if a.requires_grad]
-    grads = torch.autograd.grad(first(call(*args)).square().sum(), inputs, create_graph=True)
+    total = sum(output.square().sum() for output in first(call(*args)))
+    grads = torch.autograd.grad(total, inputs, create_graph=True)
     with pytest.raises(NotImplementedError, match="double backward is not implemented"):
         torch.autograd.grad(sum(g.sum() for g in grads), inputs)
 
@@ -216,8 +244,8 @@ def test_compiles_whole_with_dynamic_shapes(name: str, sample: Sample) -> None:
     args = leaves(sample.build(FLOAT32, CPU))
     skip_unless_supported(op, name, args)
 
-    def step(*args: Any) -> torch.Tensor:
-        return first(op(*args)).relu() * 2
+    def step(*args: Any) -> tuple[list[torch.Tensor]]:
+        return ([output.relu() * 2 for output in first(op(*args))],)
 
     torch._dynamo.reset()
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -231,7 +259,7 @@ def test_compiles_whole_with_dynamic_shapes(name: str, sample: Sample) -> None:
 def test_autocast_casts_what_the_op_names(op: Op) -> None:
     args = next(samples(op.name)).build(FLOAT32, CPU)
     with torch.autocast("cpu", torch.bfloat16):
-        output = first(op(*args))
+        output = first(op(*args))[0]
     casts = "AutocastCPU" in torch._C._dispatch_dump(f"pyfastft::{op.name}")
     assert output.dtype == (torch.bfloat16 if casts else torch.float32)
 

@@ -18,6 +18,9 @@ struct Product {
   float scale;          // of the sum
   const uint8_t* mask;  // selects from the scaled sum by element of C, or null
   int64_t mask_row_stride;
+  int64_t mask_element = 0;  // the mask's index of the element (0, 0) of C
+  // The rows of C that it is added to. The first product has them all.
+  int64_t first_row = 0, end_row = INT64_MAX;
 };
 
 struct Result {
@@ -72,13 +75,12 @@ struct Landing {
   float scale;
   const uint8_t* mask;               // or null
   int64_t element, mask_row_stride;  // the mask's index of the tile's first element
-  int rows;                          // that the mask knows of: a strip may be padded
+  int64_t first_row, end_row;        // of the tile, that the sums are wanted of
 
   // Strip j of row i.
   FT_INLINE void add_up(int i, int j, Vec total) const {
     total = mul(total, splat(scale));
-    if (mask && i < rows)
-      total = select(total, keep_bits(mask, element + i * mask_row_stride + j * kLanes));
+    if (mask) total = select(total, keep_bits(mask, element + i * mask_row_stride + j * kLanes));
     float* at = tile + i * pitch + j * kLanes;
     store(at, accumulate ? add(load(at), total) : total);
   }
@@ -109,9 +111,11 @@ void register_tile(const float* rows, const float* columns, int64_t column_strip
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i)
+  for (int i = 0; i < kRows; ++i) {
+    if (i < to.first_row || i >= to.end_row) continue;
 #pragma GCC unroll 2
     for (int j = 0; j < kStrips; ++j) to.add_up(i, j, sum[i][j]);
+  }
 }
 
 using RegisterTile = void (*)(const float*, const float*, int64_t, int64_t, Ahead, const Landing&);
@@ -230,9 +234,10 @@ inline Landing landing(const Gemm& g, const Product& q, int64_t s, int64_t strip
           accumulate,
           q.scale,
           q.mask,
-          g.rows.line(s) * q.mask_row_stride + g.columns.line(strip),
+          q.mask_element + g.rows.line(s) * q.mask_row_stride + g.columns.line(strip),
           q.mask_row_stride,
-          g.rows.lines(s)};
+          greater(0, q.first_row - g.rows.line(s)),
+          lesser(g.rows.lines(s), q.end_row - g.rows.line(s))};
 }
 
 // What a worker of gemm needs: a block of C, columns it packs itself, rows that it reorders.
@@ -275,6 +280,9 @@ inline void add_product(const Gemm& g, const Product& product, const Panel& row_
       const int strips = int(lesser(2, j1 - strip));
       for (int64_t s = i0; s < i1; ++s) {
         const int64_t row = g.rows.line(s) - g.rows.line(i0);
+        if (g.rows.line(s) >= product.end_row ||
+            g.rows.line(s) + g.rows.lines(s) <= product.first_row)
+          continue;
         const Landing to = landing(g, product, s, strip, accumulate || p > 0,
                                    work.tile + row * pitch + (strip - j0) * kLanes, pitch);
         choose_tile(g.rows.lines(s), strips, product.depth.pairs)(
@@ -320,7 +328,8 @@ inline void add_few_rows(const Gemm& g, const Product& product, const Panel& row
         for (int64_t s = strip; s < last; ++s) {
           const Landing to =
               landing(g, product, 0, s, accumulate || p > 0, work.tile + (s - j0) * kLanes, pitch);
-          for (int i = 0; i < height; ++i) to.add_up(i, 0, totals[(s - strip) * height + i]);
+          for (int64_t i = to.first_row; i < to.end_row; ++i)
+            to.add_up(int(i), 0, totals[(s - strip) * height + i]);
         }
       }
   }

@@ -1,4 +1,4 @@
-"""The lora family on the native libraries."""
+"""lora_linear on the native libraries."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from pyfastft._random import dropout_threshold
 from pyfastft.native import _torch_gemm
 
 
-def _cpu_unsupported(first: torch.Tensor, *_: Any) -> str | None:
+def _cpu_unsupported(first: torch.Tensor, *args: Any) -> str | None:
     """Why the CPU library cannot run an op whose first argument has the base's dtype."""
+    at = 8 if len(args) == 12 else 7
+    if args[at - 7] is None or any(arg is not None for arg in args[at : at + 3]):
+        return "gates, packed weights and a base that is absent are not built yet"
     if first.dtype not in DTYPES:
         return f"{name_of(first.dtype)} is not one of {', '.join(map(name_of, DTYPES))}"
     return _native.why_no_cpu()
@@ -35,6 +38,9 @@ def lora_linear(
     scaling: torch.Tensor,
     p: float,
     rng: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    packed: torch.Tensor | None,
+    packed_dx: torch.Tensor | None,
 ) -> None:
     n, k = weight.shape
     r = lora_a.shape[0]
@@ -81,6 +87,7 @@ def lora_linear_backward(
     dlora_b: torch.Tensor,
     dbias: torch.Tensor,
     dscaling: torch.Tensor,
+    dgate: torch.Tensor,
     grad: torch.Tensor,
     x: torch.Tensor | None,
     weight: torch.Tensor,
@@ -90,6 +97,9 @@ def lora_linear_backward(
     scaling: torch.Tensor,
     p: float,
     rng: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    packed: torch.Tensor | None,
+    packed_dx: torch.Tensor | None,
     need: Sequence[bool],
 ) -> None:
     n, k = weight.shape
@@ -148,7 +158,7 @@ def _compute_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _cuda_unsupported(first: torch.Tensor, *_: Any) -> str | None:
+def cuda_unsupported(first: torch.Tensor, *_: Any) -> str | None:
     """Why the CUDA library cannot run an op whose first argument has the base's dtype."""
     if first.dtype not in DTYPES:
         return f"{name_of(first.dtype)} is not one of {', '.join(map(name_of, DTYPES))}"
@@ -161,6 +171,14 @@ def _cuda_unsupported(first: torch.Tensor, *_: Any) -> str | None:
     if capability < (8, 0):
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
     return None
+
+
+def _cuda_forward_unsupported(*args: Any) -> str | None:
+    return cuda_unsupported(args[0]) or _torch_gemm.base_is_packed(args[1], *args[9:11])
+
+
+def _cuda_backward_unsupported(*args: Any) -> str | None:
+    return cuda_unsupported(args[0]) or _torch_gemm.base_is_packed(args[2], *args[10:12])
 
 
 class CudaStages:
@@ -307,16 +325,26 @@ class CudaStages:
         )
 
 
-@implement("lora_linear", "cuda", unsupported=_cuda_unsupported)
+@implement(
+    "lora_linear",
+    "cuda",
+    unsupported=_cuda_forward_unsupported,
+    engine=_torch_gemm.explain_forward,
+)
 def lora_linear_cuda(y: torch.Tensor, xa: torch.Tensor, x: torch.Tensor, *args: Any) -> None:
     """y = x W^T + b + s * dropout(x) A^T B^T."""
     with torch.cuda.device_of(x):
         _torch_gemm.forward(CudaStages(x.device), y, xa, x, *args)
 
 
-@implement("lora_linear_backward", "cuda", unsupported=_cuda_unsupported)
+@implement(
+    "lora_linear_backward",
+    "cuda",
+    unsupported=_cuda_backward_unsupported,
+    engine=_torch_gemm.explain_backward,
+)
 def lora_linear_backward_cuda(*args: Any) -> None:
-    """The gradients of lora_linear that are needed; six outputs, then the op's arguments."""
-    grad = args[6]
+    """The gradients of lora_linear that are needed; seven outputs, then the op's arguments."""
+    grad = args[7]
     with torch.cuda.device_of(grad):
         _torch_gemm.backward(CudaStages(grad.device), *args)
