@@ -272,7 +272,8 @@ def test_explain_says_which_engine_and_why() -> None:
 def test_a_base_that_is_only_packed_is_refused(direction: str) -> None:
     """Without the plain weight there would be no base product, silently."""
     op = REGISTRY[direction]
-    args = dict(zip(op.parameters, next(samples(direction)).build(PRECISIONS[0], DEVICE)))
+    values = next(samples(direction)).build(PRECISIONS[0], DEVICE)
+    args = dict(zip(op.parameters, values, strict=True))
     assert op.impl("triton").unsupported(*args.values()) is None
     for name in ("packed", "packed_dx"):
         packed = {**args, "weight": None, name: torch.zeros(8, dtype=torch.uint8)}
