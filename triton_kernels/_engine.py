@@ -54,13 +54,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Of a product (M, D) (D, C): tile sizes along those, and how the kernel is launched."""
+    """Of a product (M, D) (D, C): tile sizes along those, how the kernel is launched, and whether
+    its operands come through tensor descriptors (TMA on sm_90 and later) or through pointers."""
 
     block_m: int
     block_c: int
     block_d: int
     num_warps: int
     num_stages: int
+    tma: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,21 +79,36 @@ class Choice:
 #
 # half: tensor cores multiply everything. mixed: float32 factors beside a half base take part as
 # bfloat16 pieces, which are made in registers. float32: FMA units, whose operands stand in
-# registers. With dropout the mask stands in registers, too.
+# registers. With dropout the mask stands in registers, too. Descriptors spare the registers that
+# addresses and masks of the loads take, on sm_90 and later; on sm_80 they are pointers again, and
+# are neither tuned nor compiled for it.
 FUSED_TILES: dict[tuple[str, bool], tuple[Tiles, ...]] = {
     ("half", False): (
         Tiles(128, 256, 64, 8, 3),
         Tiles(128, 128, 64, 8, 4),
         Tiles(64, 256, 64, 8, 3),
         Tiles(64, 128, 64, 4, 4),
+        Tiles(128, 256, 64, 8, 3, tma=True),
+        Tiles(128, 256, 64, 8, 4, tma=True),
+        Tiles(128, 128, 64, 8, 4, tma=True),
     ),
     ("half", True): (
         Tiles(128, 128, 64, 8, 4),
         Tiles(64, 256, 64, 8, 3),
         Tiles(64, 128, 64, 4, 4),
+        Tiles(128, 256, 64, 8, 3, tma=True),
+        Tiles(128, 128, 64, 8, 4, tma=True),
     ),
-    ("mixed", False): (Tiles(128, 128, 64, 8, 4), Tiles(64, 128, 64, 8, 4)),
-    ("mixed", True): (Tiles(128, 128, 64, 8, 4), Tiles(64, 128, 64, 8, 4)),
+    ("mixed", False): (
+        Tiles(128, 128, 64, 8, 4),
+        Tiles(64, 128, 64, 8, 4),
+        Tiles(128, 128, 64, 8, 4, tma=True),
+    ),
+    ("mixed", True): (
+        Tiles(128, 128, 64, 8, 4),
+        Tiles(64, 128, 64, 8, 4),
+        Tiles(128, 128, 64, 8, 4, tma=True),
+    ),
     ("float32", False): (Tiles(128, 64, 16, 8, 2), Tiles(64, 64, 16, 8, 2)),
     ("float32", True): (Tiles(128, 64, 16, 8, 2), Tiles(64, 64, 16, 8, 2)),
 }
@@ -100,6 +117,7 @@ UNALIGNED_TILES = Tiles(32, 64, 32, 4, 2)
 MASKED_TILES = Tiles(*MASKED_TILE, 32, 4, 2)
 # A higher rank goes through in several steps: 64 at once spilled on sm_80.
 FUSED_RANKS = (16, 32)
+TMA_SINCE = (9, 0)
 
 # decode is bound by reading W once: what counts is how much of it is on its way at a time. block_m
 # is the smallest of DECODE_ROWS that holds the rows, and one tile of ranks holds the rank: float32

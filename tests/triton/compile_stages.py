@@ -27,6 +27,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_source
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import pyfastft.ops  # noqa: F401  the operators, before their implementations
 from pyfastft.triton_kernels import _engine
@@ -156,6 +157,10 @@ def specialise(kernel: triton.JITFunction, arguments: dict[str, Any]) -> ASTSour
             signature[parameter.name] = "constexpr"
             constants[(position,)] = value
             continue
+        if isinstance(value, TensorDescriptor):
+            element = POINTERS[value.base.dtype].removeprefix("*")
+            signature[parameter.name] = f"tensordesc<{element}{list(value.block_shape)}>"
+            continue
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
         else:
@@ -181,7 +186,8 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 def multiplies_half(arguments: dict[str, Any]) -> bool:
     """Whether tensor cores have to run: for a half base, a half factor, or one cut into halves."""
-    base = arguments.get("w_ptr")
+    base = arguments.get("w_ptr", arguments.get("w"))
+    base = getattr(base, "base", base)
     return (
         arguments.get("DOT") in (tl.bfloat16, tl.float16)
         or (base is not None and base.dtype is not torch.float32)
@@ -200,13 +206,14 @@ def main(architectures: str, alignments: str, precisions: str, ranks: str, kerne
             source = specialise(kernel, arguments)
             for architecture in map(int, architectures.split(",")):
                 key = (source.hash(), architecture, *options.values())
-                if key in seen:
+                # What descriptors take is tuned for none but the architectures that have them.
+                if key in seen or (arguments.get("TMA") and architecture < 90):
                     continue
                 seen.add(key)
                 compiled = compile_source(
                     source, target=GPUTarget("cuda", architecture, 32), options=options
                 )
-                flags = ("DROPOUT", "GROUPED", "WITH_T", "WHOLE")
+                flags = ("DROPOUT", "GROUPED", "WITH_T", "WHOLE", "TMA")
                 row = {
                     "kernel": kernel.__name__,
                     "architecture": architecture,

@@ -123,7 +123,7 @@ def test_an_engine_that_is_not_accurate_takes_no_part(
     left_out = run(fake, tmp_path / "table.json", [FORWARD])
     (row,) = rows(tmp_path / "table.json")
     assert (row["engine"], set(row["us"])) == ("gemm", {"gemm"})
-    assert len(left_out) == len(_engine.candidates("fused", FORWARD))
+    assert len(left_out) == len(tune.contenders(FORWARD, (8, 0))) - 1
     assert all("not accurate" in line for line in left_out)
 
 
@@ -148,8 +148,10 @@ def test_every_problem_that_is_tuned_has_contenders() -> None:
     for family in tune.PROBLEMS.values():
         assert len(set(family)) == len(family)
         for problem in family:
-            engines = {engine for engine, _ in tune.contenders(problem).values()}
-            assert engines >= {"gemm", "fused"}
+            found = tune.contenders(problem, (9, 0))
+            assert {engine for engine, _ in found.values()} >= {"gemm", "fused"}
+            older = tune.contenders(problem, (8, 6))
+            assert set(older) == {name for name in found if not name.endswith(" tma")}
 
 
 def test_without_a_gpu_the_command_says_so(
