@@ -102,11 +102,13 @@ FUSED_TILES: dict[tuple[str, bool], tuple[Tiles, ...]] = {
     ("mixed", False): (
         Tiles(128, 128, 64, 8, 4),
         Tiles(64, 128, 64, 8, 4),
+        Tiles(128, 256, 64, 8, 3, tma=True),
         Tiles(128, 128, 64, 8, 4, tma=True),
     ),
     ("mixed", True): (
         Tiles(128, 128, 64, 8, 4),
         Tiles(64, 128, 64, 8, 4),
+        Tiles(128, 256, 64, 8, 3, tma=True),
         Tiles(128, 128, 64, 8, 4, tma=True),
     ),
     ("float32", False): (Tiles(128, 64, 16, 8, 2), Tiles(64, 64, 16, 8, 2)),
@@ -123,7 +125,7 @@ TMA_SINCE = (9, 0)
 # is the smallest of DECODE_ROWS that holds the rows, and one tile of ranks holds the rank: float32
 # factors stand in registers, so fewer of them fit.
 DECODE_TILES: dict[str, tuple[Tiles, ...]] = {
-    "half": (Tiles(16, 32, 128, 4, 4), Tiles(16, 64, 64, 4, 4), Tiles(16, 16, 128, 4, 5)),
+    "half": (Tiles(16, 32, 128, 4, 4), Tiles(16, 16, 128, 4, 5)),
     "mixed": (Tiles(16, 32, 64, 8, 4), Tiles(16, 16, 64, 4, 4)),
     "float32": (Tiles(16, 32, 32, 8, 4), Tiles(16, 16, 32, 4, 4)),
 }
