@@ -4,9 +4,10 @@ per kernel. Runs as its own process, without TRITON_INTERPRET: see test_compile_
     python compile_stages.py ARCHITECTURES ALIGNMENTS PRECISIONS RANKS KERNELS
 
 Each argument is a comma-separated list, e.g. ``80,90 aligned bf16-bf16,fp32-fp32 16,128 stages``;
-KERNELS are ``stages``, ``products`` with all tiles that they may have, or ``product`` with the
-first of them. What is compiled is what the launchers launch: they run on tensors without data,
-their launches are recorded, and Triton's rules for specialising arguments are applied to those.
+KERNELS are ``stages``, ``products`` with all tiles that they may have, ``product`` with the first
+of them, or ``methods``, of the ops beside lora_linear. What is compiled is what the launchers
+launch: they run on tensors without data, their launches are recorded, and Triton's rules for
+specialising arguments are applied to those.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 import pyfastft.ops  # noqa: F401  the operators, before their implementations
 from pyfastft.triton_kernels import _engine
 from pyfastft.triton_kernels._plan import Device
-from pyfastft.triton_kernels.lora import _fused, _stages
+from pyfastft.triton_kernels.lora import _fused, _stages, abs_row_sums, dora
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 POINTERS = {
@@ -126,7 +127,30 @@ def run_products(o: Operands, *, every: bool) -> None:
             _fused.decode(**few, **adapter, tiles=one, **base)
 
 
+def run_methods(o: Operands) -> None:
+    """DoRA's norm and scales and the sums of |U V^T - W|, whole and in parts."""
+    device = Device(multiprocessors=132, capability=(9, 0))
+    numbers = torch.empty(o.size[1], device="meta")
+    for squared in (None, numbers):
+        dora.row_norms(device, numbers, o.weight, o.a, o.b, o.scaling, squared)
+    dora.row_norms(device, numbers, o.weight.T.contiguous().T, o.a, o.b, o.scaling, None)
+    dora.scaled(o.y, o.y, numbers, None)
+    dora.scaled(o.y, o.y, numbers, o.bias)
+    for dx, dscale, dbias in ((o.y, numbers, o.bias), (o.y, None, None), (None, numbers, None)):
+        dora.scaled_backward(device, dx, dscale, dbias, o.y, o.y, numbers)
+    if o.a.dtype is not o.weight.dtype:
+        return
+    v = o.a.T
+    for w in (None, o.weight):
+        abs_row_sums.row_sums(device, numbers, o.b, v, w)
+        operands = (numbers, o.b, v, w)
+        abs_row_sums.factor_gradient(device, o.b, w, *operands, grad_of_rows=True)
+        operands = (torch.empty(o.size[1], device="meta"), v, o.b, None if w is None else w.T)
+        abs_row_sums.factor_gradient(device, o.a, None, *operands, grad_of_rows=False)
+
+
 RUNS = {
+    "methods": run_methods,
     "stages": run_stages,
     "products": functools.partial(run_products, every=True),
     "product": functools.partial(run_products, every=False),
@@ -136,7 +160,7 @@ RUNS = {
 def record_launches(operands: Operands, kernels: str) -> list:
     """What one of RUNS launches."""
     launches: list = []
-    for module in (_stages, _fused):
+    for module in (_stages, _fused, abs_row_sums, dora):
         for name, value in vars(module).copy().items():
             if name.endswith("_kernel"):
                 kernel = value.kernel if isinstance(value, Recorder) else value
@@ -213,7 +237,16 @@ def main(architectures: str, alignments: str, precisions: str, ranks: str, kerne
                 compiled = compile_source(
                     source, target=GPUTarget("cuda", architecture, 32), options=options
                 )
-                flags = ("DROPOUT", "GROUPED", "WITH_T", "WHOLE", "TMA")
+                flags = (
+                    "DROPOUT",
+                    "GROUPED",
+                    "WITH_T",
+                    "WHOLE",
+                    "TMA",
+                    "KNOWN",
+                    "WITH_W",
+                    "NEED_W",
+                )
                 row = {
                     "kernel": kernel.__name__,
                     "architecture": architecture,
@@ -221,7 +254,7 @@ def main(architectures: str, alignments: str, precisions: str, ranks: str, kerne
                     "precision": precision,
                     "rank": int(rank),
                     "flags": [name for name in flags if arguments.get(name)],
-                    "tiles": [arguments.get(f"BLOCK_{side}") for side in "MCDR"],
+                    "tiles": [arguments.get(f"BLOCK_{side}") for side in "MCDRNK"],
                     "half": multiplies_half(arguments),
                     "shared": compiled.metadata.shared,
                     "matrix": [i for i in MATRIX_INSTRUCTIONS if i in compiled.asm["ptx"]],

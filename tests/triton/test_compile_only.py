@@ -30,6 +30,8 @@ MATRIX_INSTRUCTION = {
 }
 STAGES = {"_lora_project_kernel", "_lora_update_kernel", "_lora_gradient_kernel"}
 PRODUCTS = {"_lora_gemm_kernel", "_lora_decode_kernel", "_lora_decode_sum_kernel"}
+METHODS = {"_dora_norm_kernel", "_scale_columns_kernel", "_scale_columns_backward_kernel"}
+SUMS = {"_abs_row_sums_kernel", "_abs_row_sums_backward_kernel"}
 PRECISIONS = ["bf16-bf16", "fp32-fp32", "bf16-fp32"]
 # A rank per tile of ranks, and one that Triton cannot align.
 RANKS = {"bf16-bf16": "10,16,32,64", "fp32-fp32": "10,16,32", "bf16-fp32": "10,16,32"}
@@ -63,7 +65,8 @@ def check(rows: list[dict], kernels: set[str]) -> None:
 
 
 def test_launches_compile_without_spills() -> None:
-    check(compile_kernels("90", "aligned", "bf16-bf16", "16", "stages,product"), STAGES | PRODUCTS)
+    rows = compile_kernels("90", "aligned", "bf16-bf16", "16", "stages,product,methods")
+    check(rows, STAGES | PRODUCTS | METHODS | SUMS)
 
 
 @pytest.mark.more
@@ -77,7 +80,16 @@ def test_every_launch_compiles_without_spills(
 
 
 @pytest.mark.more
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("alignment", ["aligned", "odd"])
+def test_methods_compile_without_spills(alignment: str, precision: str) -> None:
+    # U, V and W have one dtype.
+    found = METHODS if precision == "bf16-fp32" else METHODS | SUMS
+    check(compile_kernels("80,90,100", alignment, precision, RANKS[precision], "methods"), found)
+
+
+@pytest.mark.more
 @pytest.mark.parametrize("precision", ["fp16-fp16", "fp16-fp32"])
 def test_float16_compiles_as_bfloat16_does(precision: str) -> None:
-    rows = compile_kernels("80,90,100", "aligned,odd", precision, "16", "stages,product")
-    check(rows, STAGES | PRODUCTS)
+    rows = compile_kernels("80,90,100", "aligned,odd", precision, "16", "stages,product,methods")
+    check(rows, STAGES | PRODUCTS | METHODS)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from pyfastft._op import implement
-from pyfastft.triton_kernels._common import OPTIONS, device_of, why_no_triton
+from pyfastft.triton_kernels._common import DOT_TYPES, OPTIONS, device_of, why_no_triton
 from pyfastft.triton_kernels._plan import SUMS_TILES, Device, Tile, parts_of, tile_of
 from pyfastft.triton_kernels.lora._stages import sum_parts
 
@@ -81,6 +81,7 @@ def _abs_row_sums_kernel(
     v_stride_r,
     w_stride_n,
     w_stride_k,
+    DOT: tl.constexpr,
     WITH_W: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -140,6 +141,7 @@ def _abs_row_sums_backward_kernel(
     v_stride_r,
     w_stride_n,
     w_stride_k,
+    DOT: tl.constexpr,
     WITH_W: tl.constexpr,
     NEED_W: tl.constexpr,
     GRAD_OF_ROWS: tl.constexpr,
@@ -204,8 +206,8 @@ def _abs_row_sums_backward_kernel(
         )
         if not GRAD_OF_ROWS:
             factor = tl.load(grad_ptr + columns, mask=columns < K, other=0.0)
-            v = (v.to(tl.float32) * factor[:, None]).to(v_ptr.dtype.element_ty)
-        acc = tl.dot(sign.to(v_ptr.dtype.element_ty), v, acc, input_precision="ieee")
+            v = (v.to(tl.float32) * factor[:, None]).to(DOT)
+        acc = tl.dot(sign.to(DOT), v, acc, input_precision="ieee")
     if GRAD_OF_ROWS:
         acc *= grad[:, None]
     tl.store(
@@ -243,6 +245,7 @@ def _operands(u: torch.Tensor, v: torch.Tensor, w: torch.Tensor | None) -> dict[
         "v_stride_r": v.stride(1),
         "w_stride_n": 0 if w is None else w.stride(0),
         "w_stride_k": 0 if w is None else w.stride(1),
+        "DOT": DOT_TYPES[u.dtype],
         "WITH_W": w is not None,
     }
 
