@@ -144,6 +144,10 @@ setup(
             for path in sorted((ROOT / "triton_kernels").glob("*/__init__.py"))
         ),
         "pyfastft.benchmarks",
+        *(
+            f"pyfastft.benchmarks.{path.parent.name}"
+            for path in sorted((ROOT / "benchmarks").glob("*/__init__.py"))
+        ),
     ],
     package_dir={
         "pyfastft": "pyfastft",

@@ -164,19 +164,10 @@ def measure(
     arithmetic = probe.arithmetic(DTYPES[case.dtype], device)
     reading = probe.reading(first.bytes * len(sets), device)
     probes = {"arithmetic": arithmetic.candidate, "reading": reading.candidate}
-    times = interleave(
-        {**probes, **candidates},
-        clock=CudaClock() if device.type == "cuda" else WallClock(),
-        budget_s=budget_s,
-        min_rounds=min_rounds,
+    times, row.rounds_disturbed = quiet_times(
+        {**probes, **candidates}, device, budget_s=budget_s, min_rounds=min_rounds
     )
-
-    quiet = quiet_rounds(times["arithmetic"])
-    if len(quiet) < min(MIN_ROUNDS, len(times[OURS])):
-        quiet = list(range(len(times[OURS])))
-    row.rounds = len(quiet)
-    row.rounds_disturbed = len(times[OURS]) - len(quiet)
-    times = {name: [samples[index] for index in quiet] for name, samples in times.items()}
+    row.rounds = len(times[OURS])
 
     row.samples_s = {name: times[name] for name in candidates}
     for name in candidates:
@@ -199,6 +190,55 @@ def measure(
         "percent": {name: _digits(1e5 * floor_s / ms) for name, ms in row.median_ms.items()},
     }
     return row
+
+
+def quiet_times(
+    candidates: Mapping[str, Candidate], device: torch.device, *, budget_s: float, min_rounds: int
+) -> tuple[dict[str, list[float]], int]:
+    """Seconds per call in the rounds in which nobody else had the machine, and how many were not.
+
+    Args:
+        candidates: by name; "arithmetic" is the probe that tells the rounds apart.
+        device: where they run.
+        budget_s: about how long the rounds may take.
+        min_rounds: at least this many rounds.
+    """
+    times = interleave(
+        candidates,
+        clock=CudaClock() if device.type == "cuda" else WallClock(),
+        budget_s=budget_s,
+        min_rounds=min_rounds,
+    )
+    every = len(times["arithmetic"])
+    quiet = quiet_rounds(times["arithmetic"])
+    if len(quiet) < min(MIN_ROUNDS, every):
+        quiet = list(range(every))
+    kept = {name: [samples[index] for index in quiet] for name, samples in times.items()}
+    return kept, every - len(quiet)
+
+
+def medians(
+    steps: Mapping[str, Callable[[], Any]],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    budget_s: float = 10.0,
+    min_rounds: int = MIN_ROUNDS,
+) -> dict[str, float]:
+    """Median seconds of each call, interleaved with each other and with the probe of the peak.
+
+    "peak" beside them is the probe's rate, in operations per second.
+    """
+    arithmetic = probe.arithmetic(dtype, device)
+    candidates = {name: Candidate([step]) for name, step in steps.items()}
+    times, _ = quiet_times(
+        {"arithmetic": arithmetic.candidate, **candidates},
+        device,
+        budget_s=budget_s,
+        min_rounds=min_rounds,
+    )
+    found = {name: summarise(samples).median for name, samples in times.items()}
+    return {"peak": arithmetic.work / found.pop("arithmetic"), **found}
 
 
 def _operand_sets(footprint: int, device: torch.device) -> int:

@@ -18,6 +18,7 @@ import torch
 from pyfastft._cli import UsageError
 from pyfastft._op import REGISTRY, Impl
 from pyfastft.benchmarks import bars, bench_lora, cli, figures, machine, measure, probe, report
+from pyfastft.benchmarks.lora import layer
 from pyfastft.benchmarks.measure import Case, Row
 from pyfastft.benchmarks.timer import (
     Candidate,
@@ -179,11 +180,11 @@ def test_a_wrong_kernel_is_exit_code_1(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_the_gate_refuses_a_peer_that_computes_something_else() -> None:
-    operands = bench_lora.Operands.draw(TINY, CPU)
-    other = bench_lora.Operands.draw(TINY, CPU)
+    operands = layer.Operands.draw(TINY, CPU)
+    other = layer.Operands.draw(TINY, CPU)
     other.x, other.lora_a, other.lora_b = operands.trained
     with pytest.raises(AssertionError, match="peft: y: error"):
-        bench_lora.gate(operands, TINY.p, bench_lora.peft_layer(other, TINY.p))
+        layer.gate(operands, TINY.p, layer.peft_layer(other, TINY.p))
 
 
 def parse(*arguments: str) -> argparse.Namespace:

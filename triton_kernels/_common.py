@@ -17,6 +17,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _GROUP = tl.constexpr(GROUP)
 
+DOT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+# How every kernel with registers to spare is compiled. Left alone, ptxas spills a few bytes to
+# reach its next step of occupancy.
+OPTIONS = {"enable_fp_fusion": True, "maxnreg": 255}
+
 
 @functools.cache
 def _device(index: int) -> Device:

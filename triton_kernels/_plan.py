@@ -90,14 +90,13 @@ def plan(problem: Problem, device: Device) -> Launch:
         "update": (block_r, over_rows * over_columns, 1),
         "gradient": (block_m, over_columns * over_rank, over_rows),
     }[problem.stage]
-    wanted = _ceil(PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, programs)
-    tiles_per_part = _ceil(tiles, min(wanted, tiles))
+    splits, part = parts_of(tiles * reduced_tile, reduced_tile, programs, device)
     return Launch(
         block_m=block_m,
         block_c=block_c,
         block_r=block_r,
-        splits=_ceil(tiles, tiles_per_part),
-        part=tiles_per_part * reduced_tile,
+        splits=splits,
+        part=part,
         num_warps=num_warps,
         num_stages=num_stages,
     )
@@ -110,6 +109,46 @@ def one_pass(rank: int, itemsize: int, launch: Launch) -> bool:
     each row and tile, against a second reading of block_c elements.
     """
     return 8 * rank < itemsize * launch.block_c
+
+
+# -- the methods beside lora_linear ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile of a matrix, the ranks that go with it, and how its program is compiled."""
+
+    rows: int
+    columns: int
+    rank: int
+    num_warps: int
+    num_stages: int
+
+
+# half -> (rows, columns, the largest tile of ranks, num_warps, num_stages).
+#
+# norm streams W once: 32 rows a program, so that 4096 rows give a program to every multiprocessor.
+# sums makes a tile of U V^T and throws it away: the larger it is, the fewer bytes of U and V for
+# each of its elements; float32 has it, and the operands, in registers.
+NORM_TILES = {True: (32, 128, 64, 4, 4), False: (32, 32, 16, 4, 1)}
+SUMS_TILES = {True: (64, 128, 64, 8, 2), False: (32, 32, 16, 4, 1)}
+# Elements by rows of 256 bytes at least; there is nothing to multiply.
+SCALE_TILE = Tile(rows=16, columns=128, rank=0, num_warps=4, num_stages=1)
+
+
+def tile_of(tiles: dict[bool, tuple[int, int, int, int, int]], rank: int, half: bool) -> Tile:
+    """The tile for a rank; tensor cores take no side below 16, and a dot product none either."""
+    rows, columns, largest, num_warps, num_stages = tiles[half]
+    block_r = min(max(16, 1 << (rank - 1).bit_length()), largest)
+    return Tile(rows, columns, block_r, num_warps, num_stages)
+
+
+def parts_of(length: int, tile: int, programs: int, device: Device) -> tuple[int, int]:
+    """Into how many parts a reduced dimension is cut, and the elements of one, of whole tiles."""
+    tiles = _ceil(length, tile)
+    wanted = _ceil(PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, programs)
+    tiles_per_part = _ceil(tiles, min(wanted, tiles))
+    return _ceil(tiles, tiles_per_part), tiles_per_part * tile
 
 
 def _ceil(a: int, b: int) -> int:

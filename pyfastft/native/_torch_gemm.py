@@ -85,7 +85,7 @@ class Stages(Protocol):
         """dx += s dropout(t A)."""
 
 
-def _rows(tensor: torch.Tensor, columns: int) -> torch.Tensor:
+def matrix_rows(tensor: torch.Tensor, columns: int) -> torch.Tensor:
     """The tensor as a matrix with unit column stride; a copy only where strides demand one."""
     matrix = tensor.reshape(math.prod(tensor.shape[:-1]), columns)
     return matrix if matrix.stride(1) == 1 or columns == 1 else matrix.contiguous()
@@ -110,7 +110,7 @@ def forward(
     """lora_linear: y = x W^T + b, then y += s (xa * g) B^T with xa = dropout(x) A^T."""
     n, r = lora_b.shape
     k = lora_a.shape[1]
-    x = _rows(x, k)
+    x = matrix_rows(x, k)
     m = x.shape[0]
     y, xa = y.view(m, n), xa.view(m, r)
     threshold = dropout_threshold(p) if rng is not None else 0
@@ -165,10 +165,10 @@ def backward(
     n, r = lora_b.shape
     k = lora_a.shape[1]
     need_x, need_weight, need_a, need_b, need_bias, need_scaling, need_gate = need
-    grad = _rows(grad, n)
+    grad = matrix_rows(grad, n)
     m = grad.shape[0]
     if x is not None:
-        x = _rows(x, k)
+        x = matrix_rows(x, k)
     threshold = dropout_threshold(p) if rng is not None else 0
     rng = None if rng is None else rng.contiguous()
 

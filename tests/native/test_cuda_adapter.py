@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ from pyfastft.testing.tolerance import assert_accurate
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-SAMPLES = [s for op in ("lora_linear", "lora_linear_backward") for s in samples(op)]
+OPS = ("lora_linear", "lora_projections", "lora_adapters")
+SAMPLES = [s for op in OPS for way in ("", "_backward") for s in samples(op + way)]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found")
 
@@ -46,6 +48,11 @@ def adapter(library: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "stream", lambda device: 0)
 
 
+def flat(outputs: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The outputs, those of a list among them each by itself."""
+    return [one for out in outputs for one in (out if isinstance(out, list) else (out,))]
+
+
 def runs() -> Iterator[object]:
     for sample in SAMPLES:
         for precision in PRECISIONS:
@@ -65,14 +72,16 @@ def test_truth(sample: Sample, precision: Precision) -> None:
     with backend("reference"):
         truth, naive = op(*upcast(args)), op(*args)
     gradient = sample.op.endswith("_backward")
-    for i, (a, t, n) in enumerate(zip(actual, truth, naive, strict=True)):
+    outputs = zip(*map(flat, (actual, truth, naive)), strict=True)
+    for i, (a, t, n) in enumerate(outputs):
         assert_accurate(a, t, n, gradient=gradient, what=f"output {i} of {sample}")
 
 
-def test_reasons_without_a_gpu() -> None:
+@pytest.mark.parametrize("name", OPS)
+def test_reasons_without_a_gpu(name: str) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    op = REGISTRY["lora_linear"]
-    args = SAMPLES[0].build(PRECISIONS[0], CPU)
+    op = REGISTRY[name]
+    args = next(samples(name)).build(PRECISIONS[0], CPU)
     assert op.impl("cuda").unsupported(*args) == _native.why_no_cuda() is not None
     assert "float64 is not one of" in op.impl("cuda").unsupported(*upcast(args))

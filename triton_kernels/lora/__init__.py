@@ -1,5 +1,5 @@
 """The lora family on Triton, one module per op; importing the family registers them."""
 
-from pyfastft.triton_kernels.lora import linear
+from pyfastft.triton_kernels.lora import adapters, dora, linear, projections
 
-__all__ = ["linear"]
+__all__ = ["adapters", "dora", "linear", "projections"]

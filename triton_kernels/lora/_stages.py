@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from pyfastft._random import GROUP, dropout_scale
-from pyfastft.triton_kernels._common import dropout_keep
+from pyfastft.triton_kernels._common import DOT_TYPES, OPTIONS, dropout_keep
 from pyfastft.triton_kernels._plan import Device, Launch, Problem, one_pass, plan
 
 # M and the threshold change from call to call: a kernel must not be compiled for their values.
@@ -244,7 +244,6 @@ def _dot_parts_kernel(parts_ptr, a_ptr, b_ptr, size, part, BLOCK: tl.constexpr):
 
 # -- launchers -------------------------------------------------------------------------------------
 
-_DOT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # One program of the small sums: enough elements for every thread of 4 warps to load 16 bytes.
 _SUM_BLOCK = 512
 # At most this many parts of a dot product; one program adds them up.
@@ -254,15 +253,13 @@ _DOT_PARTS = 64
 def _meta(launch: Launch, adapter: torch.Tensor) -> dict[str, Any]:
     """What every kernel is compiled for, and how it is launched."""
     return {
-        "DOT": _DOT[adapter.dtype],
+        "DOT": DOT_TYPES[adapter.dtype],
         "BLOCK_M": launch.block_m,
         "BLOCK_C": launch.block_c,
         "BLOCK_R": launch.block_r,
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
-        "enable_fp_fusion": True,
-        # Left alone, ptxas spills a few bytes to reach its next step of occupancy.
-        "maxnreg": 255,
+        **OPTIONS,
     }
 
 
@@ -277,7 +274,7 @@ def _masking(columns: int, rng: torch.Tensor | None, threshold: int) -> dict[str
     }
 
 
-def _sum_parts(
+def sum_parts(
     out: torch.Tensor, parts: torch.Tensor, scaling: torch.Tensor | None = None, scale: float = 1.0
 ) -> None:
     """out = s * scale * the sum over the first dimension of parts."""
@@ -345,7 +342,7 @@ class TritonStages:
             **_meta(launch, v),
         )
         if parts is not out:
-            _sum_parts(out, parts)
+            sum_parts(out, parts)
 
     def _update(
         self,
@@ -411,9 +408,9 @@ class TritonStages:
             **_masking(c, rng, threshold),
             **_meta(launch, out),
         )
-        _sum_parts(out, parts, scaling, dropout_scale(threshold))
+        sum_parts(out, parts, scaling, dropout_scale(threshold))
         if t is not None and t_parts is not None and t_parts is not t:
-            _sum_parts(t, t_parts)
+            sum_parts(t, t_parts)
 
     def down(
         self,
@@ -460,7 +457,7 @@ class TritonStages:
             _dot_parts_kernel[(parts.shape[0],)](
                 parts, t, xa, t.numel(), part, BLOCK=_SUM_BLOCK, enable_fp_fusion=True
             )
-            _sum_parts(dscaling, parts)
+            sum_parts(dscaling, parts)
 
     def down_grad(
         self,

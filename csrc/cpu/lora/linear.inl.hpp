@@ -156,13 +156,11 @@ inline void lora_forward(const LoraCall& f) {
 
 // ---- backward ------------------------------------------------------------------------------
 
-// What takes T (r, rows), S and U (rows, r) element by element: ds = sum(T * U), dg = s * T * S,
-// and T becomes V. Sums in double, of one rank after the other.
+// What takes T (r, rows) and S (rows, r) element by element: ds = sum(T * S * g), dg = s * T * S;
+// T becomes V. Sums in double, of one rank after the other.
 template <class S>
-void gate_gradients(const LoraCall& f, const LoraAdapter& a, const void* u_data, int64_t u_stride,
-                    float* t) {
+void gate_gradients(const LoraCall& f, const LoraAdapter& a, float* t) {
   const S* s = static_cast<const S*>(a.xa);
-  const S* u = static_cast<const S*>(u_data);
   const S* gate = static_cast<const S*>(a.gate);
   S* dgate = static_cast<S*>(a.dgate);
   double dscaling = 0;
@@ -170,14 +168,15 @@ void gate_gradients(const LoraCall& f, const LoraAdapter& a, const void* u_data,
     double own = 0;
     for (int64_t row = 0; row < a.rows; ++row) {
       float& value = t[rank * f.m + row];
-      if (a.dscaling) dscaling += double(value) * double(to_float(u[row * u_stride + rank]));
-      if (dgate) {
+      const double g = gate ? double(to_float(gate[row * a.gate_stride_m + rank])) : 1.0;
+      if (s) {
         const double product = double(value) * double(to_float(s[row * a.r + rank]));
-        if (a.gate_stride_m)
-          dgate[row * a.r + rank] = from_float<S>(float(product * double(a.scaling_value)));
+        dscaling += product * g;
         own += product;
+        if (dgate && a.gate_stride_m)
+          dgate[row * a.r + rank] = from_float<S>(float(product * double(a.scaling_value)));
       }
-      if (gate) value *= to_float(gate[row * a.gate_stride_m + rank]);
+      if (gate) value = float(value * g);
     }
     if (dgate && !a.gate_stride_m) dgate[rank] = from_float<S>(float(own * a.scaling_value));
   }
@@ -206,11 +205,11 @@ inline void lora_adapter_backward(const LoraCall& f, const ft_lora_layer& layer,
   }
   if (a.dscaling || a.dgate || (a.gate && needs_v)) {
     if (f.adapter_dtype == FT_FLOAT32)
-      gate_gradients<float>(f, a, u, u_stride, t);
+      gate_gradients<float>(f, a, t);
     else if (f.adapter_dtype == FT_BFLOAT16)
-      gate_gradients<bf16>(f, a, u, u_stride, t);
+      gate_gradients<bf16>(f, a, t);
     else
-      gate_gradients<fp16>(f, a, u, u_stride, t);
+      gate_gradients<fp16>(f, a, t);
   }
   if (a.dlora_a) {
     const Operand x_t =

@@ -93,10 +93,19 @@ def adapter(
     )
 
 
-def structs(fields: Iterable[tuple[int, ...]]) -> tuple[array, int]:
-    """An array of structs, and its address; the array must be held until the kernel has returned."""
-    memory = array("q", [value for one in fields for value in one])
-    return memory, memory.buffer_info()[0]
+def structs(fields: Iterable[tuple[int, ...]]) -> array[int]:
+    """An array of structs, to be held in a name until the kernel has returned."""
+    return array("q", [value for one in fields for value in one])
+
+
+def address_of(memory: array[int]) -> int:
+    """Where an array of structs begins."""
+    return memory.buffer_info()[0]
+
+
+def or_nones(tensors: Sequence[torch.Tensor], count: int) -> Sequence[torch.Tensor | None]:
+    """A list that may be empty, as one of that length."""
+    return tensors or [None] * count
 
 
 def refuse_packed(op: str, error: RuntimeError, packed: Iterable[torch.Tensor | None]) -> None:

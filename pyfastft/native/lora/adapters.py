@@ -12,10 +12,12 @@ from pyfastft._native import DTYPES, address
 from pyfastft._op import implement
 from pyfastft.native.lora._layers import (
     adapter,
+    address_of,
     contiguous,
     cpu_unsupported,
     layer,
     optional,
+    or_nones,
     refuse_packed,
     structs,
 )
@@ -42,11 +44,9 @@ def lora_adapters(
     n, k = weight.shape
     lora_a, lora_b, rng = contiguous(lora_a), contiguous(lora_b), optional(rng)
     bias, packed, packed_dx = optional(bias), optional(packed), optional(packed_dx)
-    base, base_at = structs(
-        [layer(n, y=y, weight=weight, bias=bias, packed=packed, packed_dx=packed_dx)]
-    )
+    base = structs([layer(n, y=y, weight=weight, bias=bias, packed=packed, packed_dx=packed_dx)])
     begins = accumulate(lengths, initial=0)
-    adapters, adapters_at = structs(
+    adapters = structs(
         adapter(a, b, s, p_j, begin, length, xa=xa)
         for a, b, s, p_j, begin, length, xa in zip(
             lora_a, lora_b, scaling, p, begins, lengths, xas, strict=False
@@ -54,8 +54,8 @@ def lora_adapters(
     )
     try:
         _native.cpu().lora_adapters(
-            layer=base_at,
-            adapters=adapters_at,
+            layer=address_of(base),
+            adapters=address_of(adapters),
             x=x.data_ptr(),
             rng=address(rng),
             count=len(lora_a),
@@ -97,7 +97,7 @@ def lora_adapters_backward(
     lora_a, lora_b, xas = contiguous(lora_a), contiguous(lora_b), contiguous(xas)
     rng, packed, packed_dx = optional(rng), optional(packed), optional(packed_dx)
     # An output that is not needed has no elements: its address is null, and it is not computed.
-    base, base_at = structs(
+    base = structs(
         [
             layer(
                 n,
@@ -111,7 +111,7 @@ def lora_adapters_backward(
         ]
     )
     begins = accumulate(lengths, initial=0)
-    adapters, adapters_at = structs(
+    adapters = structs(
         adapter(a, b, s, p_j, begin, length, xa=xa, dlora_a=da, dlora_b=db, dscaling=ds)
         for a, b, s, p_j, begin, length, xa, da, db, ds in zip(
             lora_a,
@@ -120,7 +120,7 @@ def lora_adapters_backward(
             p,
             begins,
             lengths,
-            xas or [None] * len(lora_a),
+            or_nones(xas, len(lora_a)),
             dlora_a,
             dlora_b,
             dscaling,
@@ -131,8 +131,8 @@ def lora_adapters_backward(
     try:
         _native.cpu().lora_adapters_backward(
             dx=dx.data_ptr(),
-            layer=base_at,
-            adapters=adapters_at,
+            layer=address_of(base),
+            adapters=address_of(adapters),
             x=address(x),
             rng=address(rng),
             count=len(lora_a),

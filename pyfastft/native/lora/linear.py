@@ -184,7 +184,7 @@ def _compute_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _cuda_unsupported(first: torch.Tensor, *_: Any) -> str | None:
+def cuda_unsupported(first: torch.Tensor, *_: Any) -> str | None:
     """Why the CUDA library cannot run an op whose first argument has the base's dtype."""
     if first.dtype not in DTYPES:
         return f"{name_of(first.dtype)} is not one of {', '.join(map(name_of, DTYPES))}"
@@ -343,14 +343,14 @@ class CudaStages:
         )
 
 
-@implement("lora_linear", "cuda", unsupported=_cuda_unsupported)
+@implement("lora_linear", "cuda", unsupported=cuda_unsupported)
 def lora_linear_cuda(y: torch.Tensor, xa: torch.Tensor, x: torch.Tensor, *args: Any) -> None:
     """y = x W^T + b + s * dropout(x) A^T B^T."""
     with torch.cuda.device_of(x):
         _torch_gemm.forward(CudaStages(x.device), y, xa, x, *args)
 
 
-@implement("lora_linear_backward", "cuda", unsupported=_cuda_unsupported)
+@implement("lora_linear_backward", "cuda", unsupported=cuda_unsupported)
 def lora_linear_backward_cuda(*args: Any) -> None:
     """The gradients of lora_linear that are needed; seven outputs, then the op's arguments."""
     grad = args[7]

@@ -12,10 +12,12 @@ from pyfastft._native import DTYPES, address
 from pyfastft._op import implement
 from pyfastft.native.lora._layers import (
     adapter,
+    address_of,
     contiguous,
     cpu_unsupported,
     layer,
     optional,
+    or_nones,
     refuse_packed,
     rows,
     structs,
@@ -23,10 +25,6 @@ from pyfastft.native.lora._layers import (
 
 _Tensors = Sequence[torch.Tensor]
 _MOST = 16  # kMaxProjections of csrc/cpu/lora/linear.h
-
-
-def _none(tensors: _Tensors, count: int) -> Sequence[torch.Tensor | None]:
-    return tensors or [None] * count  # type: ignore[return-value]
 
 
 @implement("lora_projections", "cpu", unsupported=cpu_unsupported)
@@ -49,20 +47,20 @@ def lora_projections(
     x, rng = rows(x, m, k), optional(rng)
     lora_a, lora_b, biases = contiguous(lora_a), contiguous(lora_b), contiguous(biases)
     packed, packed_dx = contiguous(packed), contiguous(packed_dx)
-    layers, layers_at = structs(
+    layers = structs(
         layer(w.shape[0], y=y, weight=w, bias=b, packed=forward, packed_dx=across)
         for y, w, b, forward, across in zip(
-            ys, weights, biases, _none(packed, count), _none(packed_dx, count), strict=True
+            ys, weights, biases, or_nones(packed, count), or_nones(packed_dx, count), strict=True
         )
     )
-    adapters, adapters_at = structs(
+    adapters = structs(
         adapter(a, b, s, p_j, 0, m, xa=xa)
         for a, b, s, p_j, xa in zip(lora_a, lora_b, scaling, p, xas, strict=True)
     )
     try:
         _native.cpu().lora_projections(
-            layers=layers_at,
-            adapters=adapters_at,
+            layers=address_of(layers),
+            adapters=address_of(adapters),
             x=x.data_ptr(),
             rng=address(rng),
             count=count,
@@ -113,30 +111,38 @@ def lora_projections_backward(
     lora_a, lora_b, xas = contiguous(lora_a), contiguous(lora_b), contiguous(xas)
     packed, packed_dx = contiguous(packed), contiguous(packed_dx)
     # An output that is not needed has no elements: its address is null, and it is not computed.
-    layers, layers_at = structs(
+    layers = structs(
         layer(w.shape[0], dweight=dw, dbias=db, grad=grad, weight=w, packed=forward, packed_dx=own)
         for w, dw, db, grad, forward, own in zip(
             weights,
             dweights,
             dbiases,
             grads,
-            _none(packed, count),
-            _none(packed_dx, count),
+            or_nones(packed, count),
+            or_nones(packed_dx, count),
             strict=True,
         )
     )
-    adapters, adapters_at = structs(
+    adapters = structs(
         adapter(a, b, s, p_j, 0, m, xa=xa, dlora_a=da, dlora_b=db, dscaling=ds)
         for a, b, s, p_j, xa, da, db, ds in zip(
-            lora_a, lora_b, scaling, p, _none(xas, count), dlora_a, dlora_b, dscaling, strict=True
+            lora_a,
+            lora_b,
+            scaling,
+            p,
+            or_nones(xas, count),
+            dlora_a,
+            dlora_b,
+            dscaling,
+            strict=True,
         )
     )
     x_stride_m, x_stride_k = (0, 0) if x is None else x.stride()
     try:
         _native.cpu().lora_projections_backward(
             dx=dx.data_ptr(),
-            layers=layers_at,
-            adapters=adapters_at,
+            layers=address_of(layers),
+            adapters=address_of(adapters),
             x=address(x),
             rng=address(rng),
             count=count,

@@ -102,6 +102,7 @@ def expect_packed(op: str, device: torch.device, name: str, packed: torch.Tensor
 def expect_bias(
     op: str, lead: torch.Tensor, n: int, bias: torch.Tensor, name: str = "bias"
 ) -> None:
+    """b (N,) of the lead\'s dtype."""
     expect_dense(op, lead.device, **{name: bias})
     expect_shape(op, name, bias, (n,), "to match the rows of weight")
     expect_dtype(op, name, bias, (lead.dtype,), "to match x")

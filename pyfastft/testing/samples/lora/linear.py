@@ -23,6 +23,8 @@ from pyfastft.testing.samples._base import (
 
 @dataclass(frozen=True)
 class LoraShape:
+    """One layer's sizes, and what is special about its operands."""
+
     name: str
     leading: tuple[int, ...]
     n: int
@@ -65,6 +67,7 @@ SHAPES = (
 
 
 def arguments(shape: LoraShape, precision: Precision, device: torch.device) -> tuple[Any, ...]:
+    """The forward's arguments."""
     draw = Drawer(shape.name, precision, device)
     n, k, r = shape.n, shape.k, shape.r
     if shape.layout == "permuted":
@@ -99,6 +102,7 @@ def arguments(shape: LoraShape, precision: Precision, device: torch.device) -> t
 def gradient_arguments(
     shape: LoraShape, need: tuple[bool, ...], precision: Precision, device: torch.device
 ) -> tuple[Any, ...]:
+    """The backward's, of the forward that the reference computes."""
     forward = arguments(shape, precision, device)
     x, weight, lora_a, lora_b, _, scaling, p, rng, gate, packed, packed_dx = forward
     with backend("reference"):

@@ -40,6 +40,10 @@ _SHAPES = (
     _Shape("one", (3,), 12, (9,), (2,), (0.0,), (True,)),
     _Shape("slice", (7,), 11, (6, 5), (3, 3), (0.2, 0.5), (False, False), layout="slice"),
     _Shape("permuted", (4, 5), 16, (9, 17), (4, 1), (0.0, 0.4), (True, True), layout="permuted"),
+    _Shape("no-dropout", (5,), 40, (9, 24), (3, 4), (0.0, 0.0), (True, False)),
+    _Shape(
+        "five", (6,), 24, (5, 8, 3, 16, 7), (2, 3, 2, 1, 4), (0.0, 0.2) * 2 + (0.1,), (False,) * 5
+    ),
     _Shape("no-rows", (0,), 7, (5, 4), (2, 2), (0.1, 0.1), (True, True)),
     _Shape("no-columns", (3,), 7, (0, 4), (2, 2), (0.0, 0.0), (False, True)),
     _Shape(
