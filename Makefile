@@ -20,7 +20,7 @@ GPU_WHEELS ?=
 RESULTS_DIR ?= gpu-results
 
 .PHONY: help $(VENV) demo test test-more bench lint clean
-.PHONY: gpu-build gpu-test gpu-sanitize gpu-bench
+.PHONY: gpu-build gpu-test gpu-sanitize gpu-bench gpu-tune
 
 help:  ## this list
 	@sed -nE 's/^([.a-z$$(){}A-Z-]+):.*  ## (.*)/\1|\2/p' $(MAKEFILE_LIST) \
@@ -102,3 +102,9 @@ gpu-bench:  ## measure one family on this machine's GPU; FAMILY=lora
 	@test -n '$(FAMILY)' || { echo 'gpu-bench: set FAMILY, e.g. FAMILY=lora'; exit 2; }
 	@mkdir -p $(RESULTS_DIR)
 	@$(GPU_PYTHON) -m pyfastft bench --family $(FAMILY) --output $(RESULTS_DIR)
+
+gpu-tune:  ## measure which engine is fastest on this machine's GPU, write its table; FAMILY=lora
+	@test -n '$(FAMILY)' || { echo 'gpu-tune: set FAMILY, e.g. FAMILY=lora'; exit 2; }
+	@mkdir -p $(RESULTS_DIR)
+	@$(GPU_PYTHON) -m pyfastft.benchmarks.tune --family $(FAMILY)
+	@cp triton_kernels/_engine.json $(RESULTS_DIR)/

@@ -156,6 +156,7 @@ setup(
     },
     package_data={
         "pyfastft": ["py.typed"],
+        "pyfastft.triton_kernels": ["*.json"],
         "pyfastft.benchmarks": ["*.c", "bars.toml", "results/**/*"],
     },
     # Named only so that setuptools makes a platform wheel and ships the sources with an sdist;

@@ -158,7 +158,7 @@ def measure(
     row.match, row.flops, row.bytes = True, first.flops, first.bytes
 
     sets = [first]
-    for _ in range(_operand_sets(first.bytes, device) - 1):
+    for _ in range(operand_sets(first.bytes, device) - 1):
         sets.append(module.prepare(case, device, peers))
     candidates = {name: Candidate([one.steps[name] for one in sets]) for name in first.steps}
     arithmetic = probe.arithmetic(DTYPES[case.dtype], device)
@@ -241,7 +241,8 @@ def medians(
     return {"peak": arithmetic.work / found.pop("arithmetic"), **found}
 
 
-def _operand_sets(footprint: int, device: torch.device) -> int:
+def operand_sets(footprint: int, device: torch.device) -> int:
+    """How many sets of operands a GPU's cache cannot hold; 1 on a CPU."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size

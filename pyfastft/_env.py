@@ -46,6 +46,12 @@ VARIABLES = (
         "cap the CPU kernels at scalar, avx2, avx512 or avx512_bf16",
     ),
     Variable(
+        "PYFASTFT_LORA_ENGINE",
+        "run",
+        "auto",
+        "compute lora on a GPU with gemm, fused or decode where they can; auto goes by measurement",
+    ),
+    Variable(
         "TRITON_INTERPRET",
         "run",
         "0",

@@ -87,23 +87,29 @@ def backend(name: str | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Impl:
-    """A backend of an op: its launcher, and the reason why it cannot take these arguments."""
+    """A backend of an op: its launcher, the reason why it cannot take these arguments, and which of
+    its engines would take them, where it has several."""
 
     launch: Callable[..., None]
     unsupported: Callable[..., str | None]
+    engine: Callable[..., str | None] = lambda *args: None
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend an op would run on, and why each backend considered before it would not."""
+    """Which backend an op would run on, and why each backend considered before it would not;
+    ``engine`` says which of the backend's engines and why, where it has several."""
 
     op: str
     device: str
     chosen: str | None
     reasons: dict[str, str]
+    engine: str | None = None
 
     def __str__(self) -> str:
         head = f"{self.op} on {self.device}: {self.chosen or 'no backend can run it'}"
+        if self.engine is not None:
+            head += f", engine {self.engine}"
         return "\n".join([head, *(f"  {name}: {why}" for name, why in self.reasons.items())])
 
 
@@ -185,7 +191,8 @@ class Op:
             found = self.impl(name)
             why = found if isinstance(found, str) else found.unsupported(*values)
             if why is None:
-                return Explanation(self.name, device, name, reasons)
+                engine = found.engine(*values)  # type: ignore[union-attr]
+                return Explanation(self.name, device, name, reasons, engine)
             reasons[name] = why
         return Explanation(self.name, device, None, reasons)
 
@@ -279,7 +286,11 @@ def _autocast(op: Op, device: str, names: Collection[str]) -> Callable[..., Any]
 
 
 def implement(
-    name: str, backend: str, *, unsupported: Callable[..., str | None] = lambda *args: None
+    name: str,
+    backend: str,
+    *,
+    unsupported: Callable[..., str | None] = lambda *args: None,
+    engine: Callable[..., str | None] = lambda *args: None,
 ) -> Callable[[_Launch], _Launch]:
     """Register the decorated launcher as one backend of an op.
 
@@ -288,10 +299,11 @@ def implement(
         backend: one of :data:`BACKENDS`.
         unsupported: takes the op's arguments and returns why this backend cannot run them, or
             ``None`` where it can. The only predicate that a backend has.
+        engine: takes the same and says which of the backend's engines would run, and why.
     """
 
     def decorate(launch: _Launch) -> _Launch:
-        REGISTRY[name].impls[backend] = Impl(launch, unsupported)
+        REGISTRY[name].impls[backend] = Impl(launch, unsupported, engine)
         return launch
 
     return decorate

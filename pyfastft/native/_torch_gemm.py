@@ -3,17 +3,24 @@
 The dense products are torch's own, written into the op's outputs; what torch would do in a dozen
 passes over the activations is left to the stages, which the CUDA and Triton backends implement.
 torch's settings (TF32, reduced-precision reductions) apply to the dense products only.
+
+Where a measurement says so (``triton_kernels/_engine.py``), a product of Triton's that has the
+low-rank term in its accumulator takes the place of torch's GEMM and of the stage after it, or one
+kernel that of a whole forward; for both backends.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 
 from pyfastft._random import dropout_threshold
+from pyfastft.triton_kernels import _engine
 
 
 def base_is_packed(weight: torch.Tensor | None, *packed: torch.Tensor | None) -> str | None:
@@ -91,6 +98,94 @@ def matrix_rows(tensor: torch.Tensor, columns: int) -> torch.Tensor:
     return matrix if matrix.stride(1) == 1 or columns == 1 else matrix.contiguous()
 
 
+@functools.cache
+def _fused() -> ModuleType | None:
+    """Triton's products, which are imported only where one is to run."""
+    try:
+        from pyfastft.triton_kernels.lora import _fused as fused
+    except ImportError:
+        return None
+    return fused
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """What the table of measurements calls a device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def choose(
+    direction: str,
+    wide: torch.Tensor,
+    weight: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    threshold: int,
+) -> Any:
+    """The :class:`Choice` of :mod:`pyfastft.triton_kernels._engine` for one direction.
+
+    ``wide`` is x in the forward and the gradient in the backward, as a matrix.
+    """
+    if weight is None or wide.shape[0] == 0 or weight.numel() == 0:
+        return _engine.Choice("gemm", "there is no base product")
+    m, (n, k) = wide.shape[0], weight.shape
+    rows, columns = weight.stride()
+    steps = (n, k, wide.stride(0), max(rows, columns))
+    problem = _engine.Problem(
+        direction=direction,
+        m=m,
+        n=n,
+        k=k,
+        r=lora_a.shape[0],
+        dtype=str(wide.dtype).removeprefix("torch."),
+        adapter=str(lora_a.dtype).removeprefix("torch."),
+        dropout=threshold > 0,
+        aligned=min(rows, columns) == 1
+        and all(step % 16 == 0 for step in steps)
+        and (wide.data_ptr() | weight.data_ptr()) % 16 == 0,
+    )
+    choice = _engine.plan(problem, device_name(wide.device))
+    if choice.engine != "gemm" and _fused() is None:
+        return _engine.Choice("gemm", f"{choice.why}, but Triton cannot be imported")
+    return choice
+
+
+def explain_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: torch.Tensor,
+    p: float,
+    rng: torch.Tensor | None,
+    *_: Any,
+) -> str:
+    """Which engine lora_linear would run on, and why."""
+    threshold = dropout_threshold(p) if rng is not None else 0
+    return _told(choose("forward", matrix_rows(x, x.shape[-1]), weight, lora_a, threshold))
+
+
+def explain_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    xa: torch.Tensor | None,
+    scaling: torch.Tensor,
+    p: float,
+    rng: torch.Tensor | None,
+    *_: Any,
+) -> str:
+    """Which engine lora_linear_backward would run on, and why."""
+    threshold = dropout_threshold(p) if rng is not None else 0
+    return _told(choose("backward", matrix_rows(grad, grad.shape[-1]), weight, lora_a, threshold))
+
+
+def _told(choice: Any) -> str:
+    return f"{choice.engine}: {choice.why}"
+
+
 def forward(
     stages: Stages,
     y: torch.Tensor,
@@ -114,13 +209,35 @@ def forward(
     m = x.shape[0]
     y, xa = y.view(m, n), xa.view(m, r)
     threshold = dropout_threshold(p) if rng is not None else 0
+    lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()
+    if gate is not None:
+        gate = gate.reshape(-1, r)
 
-    if weight is None:
-        y.zero_() if bias is None else y.copy_(bias.expand_as(y))
-    elif bias is None:
-        torch.mm(x, weight.T, out=y)
-    else:
-        torch.addmm(bias, x, weight.T, out=y)
+    choice = choose("forward", x, weight, lora_a, threshold)
+    if choice.engine != "gemm":
+        fused: Any = _fused()
+        bias = None if bias is None else bias.contiguous()
+    if choice.engine == "decode":
+        fused.decode(
+            y=y,
+            xa=xa,
+            x=x,
+            weight=weight,
+            lora_a=lora_a,
+            lora_b=lora_b,
+            bias=bias,
+            gate=None if gate is None else gate.contiguous(),
+            scaling=scaling,
+            tiles=choice.tiles,
+        )
+        return
+    if choice.engine == "gemm":
+        if weight is None:
+            y.zero_() if bias is None else y.copy_(bias.expand_as(y))
+        elif bias is None:
+            torch.mm(x, weight.T, out=y)
+        else:
+            torch.addmm(bias, x, weight.T, out=y)
     if m == 0:
         return
     if k == 0:
@@ -129,13 +246,26 @@ def forward(
     stages.down(
         xa=xa,
         x=x,
-        lora_a=lora_a.contiguous(),
+        lora_a=lora_a,
         rng=None if rng is None else rng.contiguous(),
         threshold=threshold,
     )
-    if n > 0:
-        gated = xa if gate is None else xa * gate.reshape(-1, r)
-        stages.up(y=y, xa=gated, lora_b=lora_b.contiguous(), scaling=scaling)
+    if n == 0:
+        return
+    u = xa if gate is None else xa * gate
+    if choice.engine == "gemm":
+        stages.up(y=y, xa=u, lora_b=lora_b, scaling=scaling)
+    else:
+        fused.base_up(
+            y=y,
+            x=x,
+            weight=weight,
+            bias=bias,
+            u=u,
+            lora_b=lora_b,
+            scaling=scaling,
+            tiles=choice.tiles,
+        )
 
 
 def backward(
@@ -171,10 +301,15 @@ def backward(
         x = matrix_rows(x, k)
     threshold = dropout_threshold(p) if rng is not None else 0
     rng = None if rng is None else rng.contiguous()
+    lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()
 
+    choice = choose("backward", grad, weight, lora_a, threshold)
     if need_x:
         dx = dx.view(m, k)
-        dx.zero_() if weight is None else torch.mm(grad, weight, out=dx)
+        if weight is None:
+            dx.zero_()
+        elif choice.engine == "gemm":
+            torch.mm(grad, weight, out=dx)
     if need_weight:
         assert x is not None
         torch.mm(grad.T, x, out=dweight)
@@ -206,7 +341,7 @@ def backward(
         dscaling=dscaling if need_scaling else None,
         grad=grad,
         xa=gated,
-        lora_b=lora_b.contiguous(),
+        lora_b=lora_b,
         scaling=scaling,
     )
     if need_gate:
@@ -220,7 +355,17 @@ def backward(
     if need_a:
         assert x is not None
         stages.down_grad(dlora_a=dlora_a, t=t, x=x, scaling=scaling, rng=rng, threshold=threshold)
-    if need_x:
-        stages.dx(
-            dx=dx, t=t, lora_a=lora_a.contiguous(), scaling=scaling, rng=rng, threshold=threshold
-        )
+    if not need_x:
+        return
+    low_rank: dict[str, Any] = {
+        "t": t,
+        "lora_a": lora_a,
+        "scaling": scaling,
+        "rng": rng,
+        "threshold": threshold,
+    }
+    if choice.engine == "gemm":
+        stages.dx(dx=dx, **low_rank)
+    else:
+        fused: Any = _fused()
+        fused.base_dx(dx=dx, grad=grad, weight=weight, tiles=choice.tiles, **low_rank)

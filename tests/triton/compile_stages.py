@@ -1,15 +1,18 @@
 """Compiles the Triton kernels of lora_linear for GPUs that need not be there; prints one JSON line
 per kernel. Runs as its own process, without TRITON_INTERPRET: see test_compile_only.py.
 
-    python compile_stages.py ARCHITECTURES ALIGNMENTS PRECISIONS RANKS
+    python compile_stages.py ARCHITECTURES ALIGNMENTS PRECISIONS RANKS KERNELS
 
-Each argument is a comma-separated list, e.g. ``80,90 aligned bf16-bf16,fp32-fp32 16,128``. What is
-compiled is what the launchers launch: they run on tensors without data, their launches are
-recorded, and Triton's rules for specialising arguments are applied to those.
+Each argument is a comma-separated list, e.g. ``80,90 aligned bf16-bf16,fp32-fp32 16,128 stages``;
+KERNELS are ``stages``, ``products`` with all tiles that they may have, ``product`` with the first
+of them, or ``methods``, of the ops beside lora_linear. What is compiled is what the launchers
+launch: they run on tensors without data, their launches are recorded, and Triton's rules for
+specialising arguments are applied to those.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
@@ -21,13 +24,15 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_source
 
 import pyfastft.ops  # noqa: F401  the operators, before their implementations
+from pyfastft.triton_kernels import _engine
 from pyfastft.triton_kernels._plan import Device
-from pyfastft.triton_kernels.lora import _stages
+from pyfastft.triton_kernels.lora import _fused, _stages, abs_row_sums, dora
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 POINTERS = {
@@ -60,32 +65,106 @@ class Recorder:
         return launch
 
 
-def record_launches(m: int, n: int, k: int, r: int, base: str, adapter: str) -> list:
-    """The launches of all stages, with dropout and without."""
-    kernels = {name: value for name, value in vars(_stages).items() if name.endswith("_kernel")}
-    launches: list = []
-    for name, kernel in kernels.items():
-        setattr(_stages, name, Recorder(kernel, launches))
+class Operands:
+    """Operands without data, of one size and precision."""
 
-    def wide(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=DTYPES[base], device="meta")
+    def __init__(self, size: tuple[int, int, int], r: int, precision: str) -> None:
+        (m, n, k), (base, adapter) = size, precision.split("-")
 
-    def thin(*shape: int, dtype: torch.dtype = DTYPES[adapter]) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+        def empty(*shape: int, dtype: str) -> torch.Tensor:
+            return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
 
-    x, y, a, b, xa = wide(m, k), wide(m, n), thin(r, k), thin(n, r), thin(m, r)
-    t, scaling = thin(m, r, dtype=torch.float32), thin(1, dtype=torch.float32)
+        self.x, self.y = empty(m, k, dtype=base), empty(m, n, dtype=base)
+        self.weight, self.bias = empty(n, k, dtype=base), empty(n, dtype=base)
+        self.a, self.b = empty(r, k, dtype=adapter), empty(n, r, dtype=adapter)
+        self.xa, self.gate = empty(m, r, dtype=adapter), empty(1, r, dtype=adapter)
+        self.t, self.scaling = empty(m, r, dtype="fp32"), empty(1, dtype="fp32")
+        self.rng = torch.empty(2, dtype=torch.int64, device="meta")
+        self.size, self.rank = size, r
+
+
+def run_stages(o: Operands) -> None:
+    """Every stage, with dropout and without."""
     stages = _stages.TritonStages(Device(multiprocessors=132, capability=(9, 0)))
-    stages.up(y=y, xa=xa, lora_b=b, scaling=scaling)
-    for outputs in ((b, scaling), (None, None)):
-        db, ds = outputs
-        stages.up_grad(t=t, dlora_b=db, dscaling=ds, grad=y, xa=xa, lora_b=b, scaling=scaling)
-    for rng, threshold in ((None, 0), (thin(2, dtype=torch.int64), 6554)):
-        stages.down(xa=xa, x=x, lora_a=a, rng=rng, threshold=threshold)
-        stages.down_grad(dlora_a=a, t=t, x=x, scaling=scaling, rng=rng, threshold=threshold)
-        stages.dx(dx=x, t=t, lora_a=a, scaling=scaling, rng=rng, threshold=threshold)
-    for name, kernel in kernels.items():
-        setattr(_stages, name, kernel)
+    stages.up(y=o.y, xa=o.xa, lora_b=o.b, scaling=o.scaling)
+    common = {"grad": o.y, "xa": o.xa, "lora_b": o.b, "scaling": o.scaling}
+    for db, ds in ((o.b, o.scaling), (None, None)):
+        stages.up_grad(t=o.t, dlora_b=db, dscaling=ds, **common)
+    for rng, threshold in ((None, 0), (o.rng, 6554)):
+        drop = {"rng": rng, "threshold": threshold}
+        stages.down(xa=o.xa, x=o.x, lora_a=o.a, **drop)
+        stages.down_grad(dlora_a=o.a, t=o.t, x=o.x, scaling=o.scaling, **drop)
+        stages.dx(dx=o.x, t=o.t, lora_a=o.a, scaling=o.scaling, **drop)
+
+
+def run_products(o: Operands, *, every: bool) -> None:
+    """The fused products with every tile that they may have, or with the first."""
+    m, n, k = o.size
+
+    def tiles(engine: str, direction: str, rows: int, dropout: bool) -> tuple[_engine.Tiles, ...]:
+        names = (str(one.dtype).removeprefix("torch.") for one in (o.x, o.a))
+        aligned = n % 16 == 0 and k % 16 == 0
+        problem = _engine.Problem(direction, rows, n, k, o.rank, *names, dropout, aligned)
+        if _engine.why_not(engine, problem):
+            return ()
+        found = _engine.candidates(engine, problem)
+        return found if every else found[:1]
+
+    base = {"weight": o.weight, "scaling": o.scaling}
+    for one in tiles("fused", "forward", m, False):
+        _fused.base_up(y=o.y, x=o.x, bias=o.bias, u=o.xa, lora_b=o.b, tiles=one, **base)
+    for rng, threshold in ((None, 0), (o.rng, 6554)):
+        drop = {"rng": rng, "threshold": threshold}
+        for one in tiles("fused", "backward", m, rng is not None):
+            _fused.base_dx(dx=o.x, grad=o.y, t=o.t, lora_a=o.a, tiles=one, **drop, **base)
+    # One processor is filled by the column tiles, so that K is not cut; a thousand are not.
+    for multiprocessors, rows in itertools.product((1, 1000), (16, 32, 64) if every else (16,)):
+        _fused.device_of = lambda tensor, count=multiprocessors: Device(count, (9, 0))
+        few = {"y": o.y[:rows], "xa": o.xa[:rows], "x": o.x[:rows]}
+        adapter = {"lora_a": o.a, "lora_b": o.b, "bias": o.bias, "gate": o.gate}
+        for one in tiles("decode", "forward", rows, False):
+            _fused.decode(**few, **adapter, tiles=one, **base)
+
+
+def run_methods(o: Operands) -> None:
+    """DoRA's norm and scales and the sums of |U V^T - W|, whole and in parts."""
+    device = Device(multiprocessors=132, capability=(9, 0))
+    numbers = torch.empty(o.size[1], device="meta")
+    for squared in (None, numbers):
+        dora.row_norms(device, numbers, o.weight, o.a, o.b, o.scaling, squared)
+    dora.row_norms(device, numbers, o.weight.T.contiguous().T, o.a, o.b, o.scaling, None)
+    dora.scaled(o.y, o.y, numbers, None)
+    dora.scaled(o.y, o.y, numbers, o.bias)
+    for dx, dscale, dbias in ((o.y, numbers, o.bias), (o.y, None, None), (None, numbers, None)):
+        dora.scaled_backward(device, dx, dscale, dbias, o.y, o.y, numbers)
+    if o.a.dtype is not o.weight.dtype:
+        return
+    v = o.a.T
+    for w in (None, o.weight):
+        abs_row_sums.row_sums(device, numbers, o.b, v, w)
+        operands = (numbers, o.b, v, w)
+        abs_row_sums.factor_gradient(device, o.b, w, *operands, grad_of_rows=True)
+        operands = (torch.empty(o.size[1], device="meta"), v, o.b, None if w is None else w.T)
+        abs_row_sums.factor_gradient(device, o.a, None, *operands, grad_of_rows=False)
+
+
+RUNS = {
+    "methods": run_methods,
+    "stages": run_stages,
+    "products": functools.partial(run_products, every=True),
+    "product": functools.partial(run_products, every=False),
+}
+
+
+def record_launches(operands: Operands, kernels: str) -> list:
+    """What one of RUNS launches."""
+    launches: list = []
+    for module in (_stages, _fused, abs_row_sums, dora):
+        for name, value in vars(module).copy().items():
+            if name.endswith("_kernel"):
+                kernel = value.kernel if isinstance(value, Recorder) else value
+                setattr(module, name, Recorder(kernel, launches))
+    RUNS[kernels](operands)
     return launches
 
 
@@ -124,16 +203,24 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return {"registers": int(registers), "stack": int(stack)}
 
 
-def main(architectures: str, alignments: str, precisions: str, ranks: str) -> None:
+def multiplies_half(arguments: dict[str, Any]) -> bool:
+    """Whether tensor cores have to run: for a half base, a half factor, or one cut into halves."""
+    base = arguments.get("w_ptr")
+    return (
+        arguments.get("DOT") in (tl.bfloat16, tl.float16)
+        or (base is not None and base.dtype is not torch.float32)
+        or arguments.get("PIECES", False)
+    )
+
+
+def main(architectures: str, alignments: str, precisions: str, ranks: str, kernels: str) -> None:
     cases = itertools.product(
-        *(argument.split(",") for argument in (alignments, precisions, ranks))
+        *(argument.split(",") for argument in (alignments, precisions, ranks, kernels))
     )
     seen = set()
-    for alignment, precision, rank in cases:
-        base, adapter = precision.split("-")
-        for kernel, arguments, options in record_launches(
-            *ALIGNMENTS[alignment], int(rank), base, adapter
-        ):
+    for alignment, precision, rank, which in cases:
+        operands = Operands(ALIGNMENTS[alignment], int(rank), precision)
+        for kernel, arguments, options in record_launches(operands, which):
             source = specialise(kernel, arguments)
             for architecture in map(int, architectures.split(",")):
                 key = (source.hash(), architecture, *options.values())
@@ -143,7 +230,15 @@ def main(architectures: str, alignments: str, precisions: str, ranks: str) -> No
                 compiled = compile_source(
                     source, target=GPUTarget("cuda", architecture, 32), options=options
                 )
-                flags = ("DROPOUT", "GROUPED", "WITH_T")
+                flags = (
+                    "DROPOUT",
+                    "GROUPED",
+                    "WITH_T",
+                    "WHOLE",
+                    "KNOWN",
+                    "WITH_W",
+                    "NEED_W",
+                )
                 row = {
                     "kernel": kernel.__name__,
                     "architecture": architecture,
@@ -151,7 +246,8 @@ def main(architectures: str, alignments: str, precisions: str, ranks: str) -> No
                     "precision": precision,
                     "rank": int(rank),
                     "flags": [name for name in flags if arguments.get(name)],
-                    "half": arguments.get("DOT") is not None and adapter != "fp32",
+                    "tiles": [arguments.get(f"BLOCK_{side}") for side in "MCDRNK"],
+                    "half": multiplies_half(arguments),
                     "shared": compiled.metadata.shared,
                     "matrix": [i for i in MATRIX_INSTRUCTIONS if i in compiled.asm["ptx"]],
                     **resource_usage(compiled.asm["cubin"]),

@@ -29,20 +29,20 @@ MATRIX_INSTRUCTION = {
     100: {"tcgen05.mma", "mma.sync"},
 }
 STAGES = {"_lora_project_kernel", "_lora_update_kernel", "_lora_gradient_kernel"}
+PRODUCTS = {"_lora_gemm_kernel", "_lora_decode_kernel", "_lora_decode_sum_kernel"}
+METHODS = {"_dora_norm_kernel", "_scale_columns_kernel", "_scale_columns_backward_kernel"}
+SUMS = {"_abs_row_sums_kernel", "_abs_row_sums_backward_kernel"}
+PRECISIONS = ["bf16-bf16", "fp32-fp32", "bf16-fp32"]
+# A rank per tile of ranks, and one that Triton cannot align.
+RANKS = {"bf16-bf16": "10,16,32,64", "fp32-fp32": "10,16,32", "bf16-fp32": "10,16,32"}
 
 
-def compile_stages(architectures: str, alignments: str, precisions: str, ranks: str) -> list[dict]:
+def compile_kernels(*arguments: str) -> list[dict]:
+    """One row per kernel that ``compile_stages.py`` compiles, given its arguments."""
     environment = dict(os.environ, TRITON_CACHE_DIR=os.environ.get("TRITON_CACHE_DIR", str(CACHE)))
     environment.pop("TRITON_INTERPRET", None)
     result = subprocess.run(
-        [
-            sys.executable,
-            str(HERE / "compile_stages.py"),
-            architectures,
-            alignments,
-            precisions,
-            ranks,
-        ],
+        [sys.executable, str(HERE / "compile_stages.py"), *arguments],
         env=environment,
         capture_output=True,
         text=True,
@@ -50,12 +50,11 @@ def compile_stages(architectures: str, alignments: str, precisions: str, ranks: 
         check=False,
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    rows = [json.loads(line) for line in result.stdout.splitlines()]
-    assert {row["kernel"] for row in rows} >= STAGES
-    return rows
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def check(rows: list[dict]) -> None:
+def check(rows: list[dict], kernels: set[str]) -> None:
+    assert {row["kernel"] for row in rows} >= kernels
     for row in rows:
         architecture = row["architecture"]
         assert row["stack"] == 0, f"spills: {row}"
@@ -66,19 +65,31 @@ def check(rows: list[dict]) -> None:
 
 
 def test_launches_compile_without_spills() -> None:
-    check(compile_stages("90", "aligned", "bf16-bf16", "16"))
+    rows = compile_kernels("90", "aligned", "bf16-bf16", "16", "stages,product,methods")
+    check(rows, STAGES | PRODUCTS | METHODS | SUMS)
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("precision", ["bf16-bf16", "fp32-fp32", "bf16-fp32"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("alignment", ["aligned", "odd", "eight"])
-def test_every_launch_compiles_without_spills(alignment: str, precision: str) -> None:
-    # A rank per tile of ranks, and one that Triton cannot align.
-    ranks = "10,16,32,64" if precision == "bf16-bf16" else "10,16,32"
-    check(compile_stages("80,90,100", alignment, precision, ranks))
+@pytest.mark.parametrize(("kernels", "found"), [("stages", STAGES), ("products", PRODUCTS)])
+def test_every_launch_compiles_without_spills(
+    alignment: str, precision: str, kernels: str, found: set[str]
+) -> None:
+    check(compile_kernels("80,90,100", alignment, precision, RANKS[precision], kernels), found)
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("alignment", ["aligned", "odd"])
+def test_methods_compile_without_spills(alignment: str, precision: str) -> None:
+    # U, V and W have one dtype.
+    found = METHODS if precision == "bf16-fp32" else METHODS | SUMS
+    check(compile_kernels("80,90,100", alignment, precision, RANKS[precision], "methods"), found)
 
 
 @pytest.mark.more
 @pytest.mark.parametrize("precision", ["fp16-fp16", "fp16-fp32"])
 def test_float16_compiles_as_bfloat16_does(precision: str) -> None:
-    check(compile_stages("80,90,100", "aligned,odd", precision, "16"))
+    rows = compile_kernels("80,90,100", "aligned,odd", precision, "16", "stages,product,methods")
+    check(rows, STAGES | PRODUCTS | METHODS)

@@ -22,7 +22,7 @@ from pyfastft.triton_kernels.lora._stages import TritonStages, sum_parts
 @triton.jit
 def _dora_norm_kernel(
     norm_ptr,
-    w_ptr,
+    weight_ptr,
     a_ptr,
     b_ptr,
     h_ptr,
@@ -65,7 +65,7 @@ def _dora_norm_kernel(
         for first in range(0, K, BLOCK_K):
             columns = first + tl.arange(0, BLOCK_K).to(tl.int64)
             w = tl.load(
-                w_ptr + rows[:, None] * w_stride_n + columns[None, :] * w_stride_k,
+                weight_ptr + rows[:, None] * w_stride_n + columns[None, :] * w_stride_k,
                 mask=(rows < N)[:, None] & (columns < K)[None, :],
                 other=0.0,
             )

@@ -12,11 +12,20 @@ from pyfastft.triton_kernels._common import device_of, why_no_triton
 from pyfastft.triton_kernels.lora._stages import TritonStages
 
 
-def _unsupported(lead: torch.Tensor, *_: Any) -> str | None:
-    return why_no_triton(lead)
+def _forward_unsupported(*args: Any) -> str | None:
+    return why_no_triton(args[0]) or _torch_gemm.base_is_packed(args[1], *args[9:11])
 
 
-@implement("lora_linear", "triton", unsupported=_unsupported)
+def _backward_unsupported(*args: Any) -> str | None:
+    return why_no_triton(args[0]) or _torch_gemm.base_is_packed(args[2], *args[10:12])
+
+
+@implement(
+    "lora_linear",
+    "triton",
+    unsupported=_forward_unsupported,
+    engine=_torch_gemm.explain_forward,
+)
 def lora_linear(
     y: torch.Tensor,
     xa: torch.Tensor,
@@ -28,7 +37,12 @@ def lora_linear(
         _torch_gemm.forward(TritonStages(device_of(x)), y, xa, x, *args)
 
 
-@implement("lora_linear_backward", "triton", unsupported=_unsupported)
+@implement(
+    "lora_linear_backward",
+    "triton",
+    unsupported=_backward_unsupported,
+    engine=_torch_gemm.explain_backward,
+)
 def lora_linear_backward(*args: Any) -> None:
     """The gradients of lora_linear that are needed; seven outputs, then the op's arguments."""
     grad = args[7]

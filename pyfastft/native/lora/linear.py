@@ -199,6 +199,14 @@ def cuda_unsupported(first: torch.Tensor, *_: Any) -> str | None:
     return None
 
 
+def _cuda_forward_unsupported(*args: Any) -> str | None:
+    return cuda_unsupported(args[0]) or _torch_gemm.base_is_packed(args[1], *args[9:11])
+
+
+def _cuda_backward_unsupported(*args: Any) -> str | None:
+    return cuda_unsupported(args[0]) or _torch_gemm.base_is_packed(args[2], *args[10:12])
+
+
 class CudaStages:
     """The stages of :mod:`pyfastft.native._torch_gemm` on the current stream of a device.
 
@@ -343,14 +351,24 @@ class CudaStages:
         )
 
 
-@implement("lora_linear", "cuda", unsupported=cuda_unsupported)
+@implement(
+    "lora_linear",
+    "cuda",
+    unsupported=_cuda_forward_unsupported,
+    engine=_torch_gemm.explain_forward,
+)
 def lora_linear_cuda(y: torch.Tensor, xa: torch.Tensor, x: torch.Tensor, *args: Any) -> None:
     """y = x W^T + b + s * dropout(x) A^T B^T."""
     with torch.cuda.device_of(x):
         _torch_gemm.forward(CudaStages(x.device), y, xa, x, *args)
 
 
-@implement("lora_linear_backward", "cuda", unsupported=cuda_unsupported)
+@implement(
+    "lora_linear_backward",
+    "cuda",
+    unsupported=_cuda_backward_unsupported,
+    engine=_torch_gemm.explain_backward,
+)
 def lora_linear_backward_cuda(*args: Any) -> None:
     """The gradients of lora_linear that are needed; seven outputs, then the op's arguments."""
     grad = args[7]

@@ -1,13 +1,11 @@
-"""The ops as functions: defaults filled in, and only what users want returned."""
+"""One adapted linear layer, and its weight packed once."""
 
 from __future__ import annotations
 
 import torch
 
 from pyfastft import ops
-from pyfastft._random import draw_rng, dropout_threshold
-
-__all__ = ["lora_linear"]
+from pyfastft.functional._arguments import as_scaling, rng_for
 
 
 def lora_linear(
@@ -61,11 +59,75 @@ def lora_linear(
     Reference:
         Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", equation 3.
     """
-    if not isinstance(scaling, torch.Tensor):
-        dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-        scaling = torch.full((), scaling, dtype=dtype, device=x.device)
-    if rng is None and 0.0 < p <= 1.0 and dropout_threshold(p):
-        rng = draw_rng(x.device)
     return ops.lora_linear(
-        x, weight, lora_a, lora_b, bias, scaling, p, rng, gate, packed, packed_dx
+        x,
+        weight,
+        lora_a,
+        lora_b,
+        bias,
+        as_scaling(scaling, x),
+        p,
+        rng_for(rng, p, x.device),
+        gate,
+        packed,
+        packed_dx,
     )[0]
+
+
+def pack_weight(weight: torch.Tensor, *, transposed: bool = False) -> torch.Tensor:
+    r"""A frozen weight in the order in which the CPU's GEMM core reads it, packed once for
+
+    .. math:: y = x W^T \quad \text{or, transposed,} \quad dX = dY\, W
+
+    A call that is given it need not pack the weight again. It is neither portable nor to be
+    stored: another level of the instruction set packs otherwise.
+
+    Args:
+        weight: W of shape (N, K), any strides; float32, bfloat16 or float16, on the CPU.
+        transposed: pack for dX, the argument ``packed_dx``, instead of ``packed``.
+
+    Returns:
+        uint8 of one dimension, about the weight's own size; :func:`unpack_weight` is its inverse.
+
+    Raises:
+        TypeError, ValueError: the weight is of another dtype, layout, shape or device.
+        NotImplementedError: the CPU extension is not there.
+
+    Reference:
+        Goto and van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication".
+    """
+    from pyfastft.native import _packing
+
+    return _packing.pack(weight.detach(), transposed=transposed)
+
+
+def unpack_weight(
+    packed: torch.Tensor, n: int, k: int, dtype: torch.dtype, *, transposed: bool = False
+) -> torch.Tensor:
+    r"""The weight that :func:`pack_weight` was given, bit for bit:
+
+    .. math:: \mathrm{unpack}(\mathrm{pack}(W)) = W
+
+    Args:
+        packed: what :func:`pack_weight` returned.
+        n, k: N and K of the weight.
+        dtype: the weight's dtype.
+        transposed: as it was packed.
+
+    Returns:
+        W of shape (N, K).
+
+    Raises:
+        TypeError, ValueError: an argument is not of its kind.
+        RuntimeError: it holds another weight than (N, K) of this dtype, is cut short, or was
+            packed at another level of the instruction set.
+        NotImplementedError: the CPU extension is not there.
+
+    Reference:
+        As of :func:`pack_weight`.
+    """
+    from pyfastft.native import _packing
+
+    if transposed:
+        return _packing.unpack(packed, k, n, dtype).T
+    return _packing.unpack(packed, n, k, dtype)

@@ -1,0 +1,215 @@
+"""``make gpu-tune FAMILY=lora``: measure the engines of an op beside each other on this GPU, and
+write down which one each problem runs best on.
+
+    python -m pyfastft.benchmarks.tune --family lora
+
+Every engine that can compute a problem, with every tile it may have, is held to the float64
+reference, then all take turns. The table is read by ``triton_kernels/_engine.py``; rows of other
+devices stay as they are. Commit it: from then on users of this GPU get what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from pyfastft._op import REGISTRY, backend
+from pyfastft.benchmarks import machine
+from pyfastft.benchmarks.measure import operand_sets
+from pyfastft.benchmarks.timer import Candidate, Clock, CudaClock, interleave, summarise
+from pyfastft.native import _torch_gemm
+from pyfastft.testing.samples import upcast
+from pyfastft.testing.tolerance import assert_accurate
+from pyfastft.triton_kernels import _engine
+from pyfastft.triton_kernels._engine import Problem, Tiles
+
+# An engine other than torch's GEMM has to be faster by this share: a tie is not worth a kernel.
+MARGIN = 0.02
+_P = 0.1
+_OP = {"forward": "lora_linear", "backward": "lora_linear_backward"}
+
+_TOKENS = (1, 4, 16, 64, 512, 2048, 8192)
+_LAYERS = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
+_DTYPES = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
+# Each speaks for sizes up to twice and down to half its own, so these cover what lies between.
+PROBLEMS = {
+    "lora": tuple(
+        Problem(direction, m, n, k, r, dtype, adapter, dropout, aligned=True)
+        for (dtype, adapter), direction, dropout, (n, k), m, r in itertools.product(
+            _DTYPES, _OP, (False, True), _LAYERS, _TOKENS, (16, 64)
+        )
+    )
+}
+
+
+def arguments(problem: Problem, device: torch.device) -> tuple[Any, ...]:
+    """Random arguments of the op that computes a problem; the base is frozen."""
+    m, n, k, r = problem.m, problem.n, problem.k, problem.r
+    dtype, adapter = getattr(torch, problem.dtype), getattr(torch, problem.adapter)
+
+    def normal(*shape: int, dtype: torch.dtype, std: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape, device=device) * std).to(dtype)
+
+    x, weight = normal(m, k, dtype=dtype), normal(n, k, dtype=dtype, std=k**-0.5)
+    a, b = normal(r, k, dtype=adapter, std=k**-0.5), normal(n, r, dtype=adapter, std=r**-0.5)
+    scaling = torch.full((), 2.0, device=device)
+    p = _P if problem.dropout else 0.0
+    rng = torch.tensor([1, 2], device=device)
+    if problem.direction == "forward":
+        return x, weight, a, b, None, scaling, p, rng, None, None, None
+    xa, grad = normal(m, r, dtype=adapter), normal(m, n, dtype=dtype)
+    need = [True, False, True, True, False, False, False]
+    return grad, x, weight, a, b, xa, scaling, p, rng, None, None, None, need
+
+
+def contenders(problem: Problem) -> dict[str, tuple[str, Tiles | None]]:
+    """Engines and tiles that can compute a problem, by the name under which a row has their time;
+    torch's GEMM first."""
+    found: dict[str, tuple[str, Tiles | None]] = {}
+    for engine in _engine.ENGINES:
+        if _engine.why_not(engine, problem) is None:
+            for tiles in _engine.candidates(engine, problem) or (None,):
+                sizes = "" if tiles is None else " " + "x".join(map(str, vars(tiles).values()))
+                found[engine + sizes] = (engine, tiles)
+    return found
+
+
+def hold(problem: Problem, args: tuple[Any, ...]) -> None:
+    """Hold the engine that is forced to the float64 reference.
+
+    Raises:
+        AssertionError: an output is not accurate.
+    """
+    op = REGISTRY[_OP[problem.direction]]
+    actual = op(*args)
+    with backend("reference"):
+        truth, naive = op(*upcast(args)), op(*args)
+    gradient = problem.direction == "backward"
+    for i, (a, t, n) in enumerate(zip(actual, truth, naive, strict=True)):
+        assert_accurate(a, t, n, gradient=gradient, what=f"output {i}")
+
+
+def tune(
+    problem: Problem, device: torch.device, *, clock: Clock, budget_s: float
+) -> tuple[dict[str, Any], list[str]]:
+    """The row of the table for one problem, and what was left out of the run and why.
+
+    Args:
+        problem: what is measured: the whole op, with every engine and tile that it may have.
+        device: where.
+        clock: how a span is timed.
+        budget_s: about how long the rounds may take.
+    """
+    torch.manual_seed(0)
+    op = REGISTRY[_OP[problem.direction]]
+    first = arguments(problem, device)
+    footprint = sum(a.nbytes for a in first if isinstance(a, torch.Tensor))
+    sets = [first]
+    sets += [arguments(problem, device) for _ in range(operand_sets(footprint, device) - 1)]
+    running: dict[str, Candidate] = {}
+    left_out = []
+    entrants = contenders(problem)
+    for name, (engine, tiles) in entrants.items():
+
+        def step(args: tuple[Any, ...], engine: str = engine, tiles: Tiles | None = tiles) -> None:
+            with _engine.forced(engine, tiles):
+                op(*args)
+
+        try:
+            with _engine.forced(engine, tiles):
+                hold(problem, first)
+        except AssertionError as error:
+            left_out.append(f"{problem}: {name}: not accurate: {error}")
+            continue
+        running[name] = Candidate([lambda s=step, args=args: s(args) for args in sets])
+    times = interleave(running, clock=clock, budget_s=budget_s)
+    medians = {name: summarise(samples).median for name, samples in times.items()}
+    best = min(medians, key=medians.__getitem__, default="gemm")
+    if "gemm" in medians and medians[best] > (1 - MARGIN) * medians["gemm"]:
+        best = "gemm"
+    engine, tiles = entrants[best]
+    row = {
+        **_sizes(problem),
+        "engine": engine,
+        "tiles": None if tiles is None else list(vars(tiles).values()),
+        "us": {name: float(f"{1e6 * spent:.4g}") for name, spent in medians.items()},
+    }
+    return row, left_out
+
+
+def _sizes(problem: Problem) -> dict[str, Any]:
+    return {name: getattr(problem, name) for name in (*_engine.SAME, *_engine.NEAR)}
+
+
+def write(rows: Sequence[dict[str, Any]], device: str, path: Path) -> None:
+    """Put the rows of a device into the table, one per line."""
+    table = json.loads(path.read_text()) if path.is_file() else {}
+    table[device] = {"provenance": machine.provenance(), "rows": list(rows)}
+    devices = []
+    for name, measured in sorted(table.items()):
+        lines = ",\n".join(f"   {json.dumps(one)}" for one in measured["rows"])
+        head = f'  "provenance": {json.dumps(measured["provenance"])},\n  "rows": ['
+        devices.append(f" {json.dumps(name)}: {{\n{head}\n{lines}\n  ]\n }}")
+    path.write_text("{\n" + ",\n".join(devices) + "\n}\n")
+
+
+def run(
+    problems: Iterable[Problem],
+    device: torch.device,
+    *,
+    clock: Clock,
+    budget_s: float,
+    output: Path,
+) -> list[str]:
+    """Tune every problem and write the table after each; what was left out and why.
+
+    A run that was interrupted resumes: what the table has from this revision is not measured again.
+    """
+    name = _torch_gemm.device_name(device)
+    before = json.loads(output.read_text()).get(name) if output.is_file() else None
+    same = before is not None and before["provenance"]["git_sha"] == machine.revision()["git_sha"]
+    rows = list(before["rows"]) if before is not None and same else []
+    left_out = []
+    for problem in problems:
+        if any(all(row[key] == value for key, value in _sizes(problem).items()) for row in rows):
+            continue
+        row, absent = tune(problem, device, clock=clock, budget_s=budget_s)
+        rows.append(row)
+        left_out += absent
+        write(rows, name, output)
+    return left_out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; exit code 2 without a GPU, 1 where something was not accurate."""
+    parser = argparse.ArgumentParser(prog="pyfastft.benchmarks.tune", description=__doc__)
+    parser.add_argument("--family", choices=tuple(PROBLEMS), required=True)
+    parser.add_argument("--budget", type=float, default=0.3, help="seconds of rounds per problem")
+    parser.add_argument("--output", type=Path, default=_engine.TABLE, help="the table to write")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("tune: torch sees no CUDA device", file=sys.stderr)
+        return 2
+    left_out = run(
+        tqdm(PROBLEMS[args.family], desc=args.family, disable=not sys.stderr.isatty()),
+        torch.device("cuda", torch.cuda.current_device()),
+        clock=CudaClock(),
+        budget_s=args.budget,
+        output=args.output,
+    )
+    for line in left_out:
+        print(f"left out: {line}")
+    print(f"wrote {args.output}")
+    return 1 if left_out else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,18 @@
+"""The ops as functions: defaults filled in, and only what users want returned."""
+
+from pyfastft.functional.dora import dora_linear, dora_norm, scale_columns
+from pyfastft.functional.linear import lora_linear, pack_weight, unpack_weight
+from pyfastft.functional.several import lora_adapters, lora_projections
+from pyfastft.functional.sums import abs_row_sums
+
+__all__ = [
+    "abs_row_sums",
+    "dora_linear",
+    "dora_norm",
+    "lora_adapters",
+    "lora_linear",
+    "lora_projections",
+    "pack_weight",
+    "scale_columns",
+    "unpack_weight",
+]

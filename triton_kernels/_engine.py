@@ -1,0 +1,234 @@
+"""Which engine computes lora_linear on a GPU: a pure function of the problem, the device, and what
+has been measured on it.
+
+    gemm     torch's GEMM with the small kernels of a backend around it
+    fused    the base product with the low-rank term in its accumulator, in Triton
+    decode   the whole forward of a few tokens without dropout, in Triton
+
+``_engine.json`` holds the measurements: ``{device name: {"provenance": ..., "rows": [...]}}``,
+written by ``make gpu-tune FAMILY=lora``. Where it knows nothing near a problem, gemm runs. A fused
+product that is a tenth slower than cuBLAS's loses all that fusing gains, so it takes a measurement
+to be picked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pyfastft._random import GROUP
+from pyfastft.triton_kernels._plan import MASKED_TILE
+
+ENGINES = ("gemm", "fused", "decode")
+TABLE = Path(__file__).with_name("_engine.json")
+
+# A measurement speaks for sizes within this factor of its own, each of them.
+REACH = 2.0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One direction of lora_linear. Dtypes by their names; ``dropout`` where elements are dropped.
+
+    ``aligned`` says that every size and stride along rows is a multiple of 16 elements: Triton
+    knows nothing else of them, and without it loads each element by itself.
+    """
+
+    direction: str  # "forward" or "backward"
+    m: int
+    n: int
+    k: int
+    r: int
+    dtype: str
+    adapter: str
+    dropout: bool
+    aligned: bool
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Of a product (M, D) (D, C): tile sizes along those, and how the kernel is launched."""
+
+    block_m: int
+    block_c: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An engine, the reason for it, and its tiles where it has any."""
+
+    engine: str
+    why: str
+    tiles: Tiles | None = None
+
+
+# What may be launched, by the kind of product; the first where no measurement says otherwise. The
+# tests compile every one for sm_80, sm_90 and sm_100: whatever spilled on one of them is not here.
+#
+# half: tensor cores multiply everything. mixed: float32 factors beside a half base take part as
+# bfloat16 pieces, which are made in registers. float32: FMA units, whose operands stand in
+# registers. With dropout the mask stands in registers, too.
+FUSED_TILES: dict[tuple[str, bool], tuple[Tiles, ...]] = {
+    ("half", False): (
+        Tiles(128, 256, 64, 8, 3),
+        Tiles(128, 128, 64, 8, 4),
+        Tiles(64, 256, 64, 8, 3),
+        Tiles(64, 128, 64, 4, 4),
+    ),
+    ("half", True): (
+        Tiles(128, 128, 64, 8, 4),
+        Tiles(64, 256, 64, 8, 3),
+        Tiles(64, 128, 64, 4, 4),
+    ),
+    ("mixed", False): (Tiles(128, 128, 64, 8, 4), Tiles(64, 128, 64, 8, 4)),
+    ("mixed", True): (Tiles(128, 128, 64, 8, 4), Tiles(64, 128, 64, 8, 4)),
+    ("float32", False): (Tiles(128, 64, 16, 8, 2), Tiles(64, 64, 16, 8, 2)),
+    ("float32", True): (Tiles(128, 64, 16, 8, 2), Tiles(64, 64, 16, 8, 2)),
+}
+# Where Triton loads each element by itself, and where each element draws its own random number.
+UNALIGNED_TILES = Tiles(32, 64, 32, 4, 2)
+MASKED_TILES = Tiles(*MASKED_TILE, 32, 4, 2)
+# A higher rank goes through in several steps: 64 at once spilled on sm_80.
+FUSED_RANKS = (16, 32)
+
+# decode is bound by reading W once: what counts is how much of it is on its way at a time. block_m
+# is the smallest of DECODE_ROWS that holds the rows, and one tile of ranks holds the rank: float32
+# factors stand in registers, so fewer of them fit.
+DECODE_TILES: dict[str, tuple[Tiles, ...]] = {
+    "half": (Tiles(16, 32, 128, 4, 4), Tiles(16, 64, 64, 4, 4), Tiles(16, 16, 128, 4, 5)),
+    "mixed": (Tiles(16, 32, 64, 8, 4), Tiles(16, 16, 64, 4, 4)),
+    "float32": (Tiles(16, 32, 32, 8, 4), Tiles(16, 16, 32, 4, 4)),
+}
+DECODE_UNALIGNED_TILES = {
+    "half": Tiles(16, 32, 64, 4, 2),
+    "mixed": Tiles(16, 32, 32, 4, 2),
+    "float32": Tiles(16, 32, 32, 4, 2),
+}
+DECODE_ROWS = {"half": (16, 32, 64), "mixed": (16,), "float32": (16,)}
+DECODE_RANKS = {"half": 64, "mixed": 32, "float32": 32}
+
+
+def kind_of(problem: Problem) -> str:
+    """half, mixed or float32: what multiplies what."""
+    if problem.dtype == "float32":
+        return "float32"
+    return "half" if problem.adapter == problem.dtype else "mixed"
+
+
+def why_not(engine: str, problem: Problem) -> str | None:
+    """Why an engine cannot compute a problem, or None where it can."""
+    if engine != "decode":
+        return None
+    if problem.direction != "forward":
+        return "decode is a forward"
+    if problem.dropout:
+        return "decode has no dropout"
+    rows, ranks = DECODE_ROWS[kind_of(problem)][-1], DECODE_RANKS[kind_of(problem)]
+    if problem.m > rows or problem.r > ranks:
+        return f"decode takes at most {rows} rows and {ranks} ranks of these dtypes"
+    return None
+
+
+def candidates(engine: str, problem: Problem) -> tuple[Tiles, ...]:
+    """The tiles with which an engine may compute a problem, the default first."""
+    kind, dropout = kind_of(problem), problem.direction == "backward" and problem.dropout
+    if engine == "fused":
+        if dropout and problem.k % GROUP:
+            return (MASKED_TILES,)
+        return FUSED_TILES[kind, dropout] if problem.aligned else (UNALIGNED_TILES,)
+    if engine == "decode":
+        rows = next(rows for rows in DECODE_ROWS[kind] if rows >= problem.m)
+        tiles = DECODE_TILES[kind] if problem.aligned else (DECODE_UNALIGNED_TILES[kind],)
+        return tuple(replace(one, block_m=rows) for one in tiles)
+    return ()
+
+
+def plan(problem: Problem, device: str) -> Choice:
+    """The engine for a problem on a device of that name.
+
+    What is forced comes first, where it can compute the problem at all; then the measurement
+    nearest to the problem, if there is one within reach; then gemm.
+    """
+    if _forced is None:
+        return _measured_choice(problem, device)
+    why = why_not(_forced.engine, problem)
+    if why is not None:
+        return Choice("gemm", f"{_forced.why}, but {why}")
+    tiles = candidates(_forced.engine, problem)
+    if _forced.tiles in tiles or not tiles:
+        return _forced
+    return replace(_forced, tiles=tiles[0])
+
+
+@functools.lru_cache(maxsize=4096)
+def _measured_choice(problem: Problem, device: str) -> Choice:
+    rows = table().get(device, {}).get("rows", [])
+    if not rows:
+        return Choice("gemm", f"nothing has been measured on {device}")
+    found = min(rows, key=lambda row: _distance(row, problem))
+    if not problem.aligned or _distance(found, problem) > math.log2(REACH):
+        return Choice("gemm", f"nothing near has been measured on {device}")
+    why = f"measured on {device} at M={found['m']} N={found['n']} K={found['k']} R={found['r']}"
+    engine = found["engine"]
+    if engine == "gemm" or why_not(engine, problem) is not None:
+        return Choice("gemm", why)
+    offered = candidates(engine, problem)
+    tiles = Tiles(*found["tiles"])
+    if engine == "decode":
+        tiles = replace(tiles, block_m=offered[0].block_m)
+    # Tiles that the kernels no longer come with were measured on other kernels.
+    return Choice(engine, why, tiles) if tiles in offered else Choice("gemm", f"{why}, outdated")
+
+
+def _distance(row: dict[str, Any], problem: Problem) -> float:
+    """The largest factor between a measured size and the problem's, as a binary logarithm."""
+    if any(row[name] != getattr(problem, name) for name in SAME):
+        return math.inf
+    return max(abs(math.log2(row[name] / getattr(problem, name))) for name in NEAR)
+
+
+@functools.cache
+def table() -> dict[str, Any]:
+    """The committed measurements, by device name."""
+    return json.loads(TABLE.read_text())
+
+
+@contextlib.contextmanager
+def forced(engine: str, tiles: Tiles | None = None) -> Iterator[None]:
+    """Compute with one engine, in the whole process, what it can compute, while this is open.
+
+    Raises:
+        ValueError: there is no engine of that name.
+    """
+    global _forced
+    before = _forced
+    _forced = _forced_choice(engine, f"{engine} is forced", tiles)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _forced_choice(name: str, why: str, tiles: Tiles | None = None) -> Choice | None:
+    if name in ("", "auto"):
+        return None
+    if name not in ENGINES:
+        known = ", ".join(ENGINES)
+        raise ValueError(f"PYFASTFT_LORA_ENGINE: expected {known} or auto, got {name!r}")
+    return Choice(name, why, tiles)
+
+
+SAME = ("direction", "dtype", "adapter", "dropout")
+NEAR = ("m", "n", "k", "r")
+# Process-wide, as a forced backend is, and for its reason.
+_forced = _forced_choice(os.environ.get("PYFASTFT_LORA_ENGINE", ""), "PYFASTFT_LORA_ENGINE says so")
