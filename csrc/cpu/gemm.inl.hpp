@@ -276,15 +276,15 @@ inline void compute_block(const Gemm& g, int64_t i0, int64_t i1, int64_t j0, int
         for (int64_t s = i0; s < i1; ++s) {
           const int64_t first = g.rows.line(s);
           if (first >= product.end_row || first + g.rows.lines(s) <= product.first_row) continue;
-          const Landing to{tile + (first - i) * kBlockColumns + (strip - j0) * kLanes,
-                           accumulate,
-                           product.scale,
-                           product.mask,
-                           product.mask_element + first * product.mask_row_stride +
-                               g.columns.line(strip),
-                           product.mask_row_stride,
-                           product.first_row - first,
-                           lesser(g.rows.lines(s), product.end_row - first)};
+          const Landing to{
+              tile + (first - i) * kBlockColumns + (strip - j0) * kLanes,
+              accumulate,
+              product.scale,
+              product.mask,
+              product.mask_element + first * product.mask_row_stride + g.columns.line(strip),
+              product.mask_row_stride,
+              product.first_row - first,
+              lesser(g.rows.lines(s), product.end_row - first)};
           choose_tile(g.rows.lines(s), strips, product.depth.pairs)(
               row_panel.at(p, s, block), column_strips, block * kLanes, block, to);
         }
