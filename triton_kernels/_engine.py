@@ -115,7 +115,7 @@ FUSED_TILES: dict[tuple[str, bool], tuple[Tiles, ...]] = {
     ("float32", True): (Tiles(128, 64, 16, 8, 2), Tiles(64, 64, 16, 8, 2)),
 }
 # Where Triton loads each element by itself, and where each element draws its own random number.
-UNALIGNED_TILES = Tiles(32, 64, 32, 4, 2)
+UNALIGNED_TILES = Tiles(32, 64, 16, 4, 2)
 MASKED_TILES = Tiles(*MASKED_TILE, 32, 4, 2)
 # A higher rank goes through in several steps: 64 at once spilled on sm_80.
 FUSED_RANKS = (16, 32)
@@ -132,7 +132,7 @@ DECODE_TILES: dict[str, tuple[Tiles, ...]] = {
 DECODE_UNALIGNED_TILES = {
     "half": Tiles(16, 32, 64, 4, 2),
     "mixed": Tiles(16, 32, 32, 4, 2),
-    "float32": Tiles(16, 32, 32, 4, 2),
+    "float32": Tiles(16, 32, 32, 8, 2),
 }
 DECODE_ROWS = {"half": (16, 32, 64), "mixed": (16,), "float32": (16,)}
 DECODE_RANKS = {"half": 64, "mixed": 32, "float32": 32}
