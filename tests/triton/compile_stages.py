@@ -31,9 +31,10 @@ from triton.compiler import compile as compile_source
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import pyfastft.ops  # noqa: F401  the operators, before their implementations
+from pyfastft.native._torch_gemm_lists import Masks
 from pyfastft.triton_kernels import _engine
 from pyfastft.triton_kernels._plan import Device
-from pyfastft.triton_kernels.lora import _fused, _stages, abs_row_sums, dora
+from pyfastft.triton_kernels.lora import _fused, _stages, abs_row_sums, dora, projections
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 POINTERS = {
@@ -128,8 +129,11 @@ def run_products(o: Operands, *, every: bool) -> None:
 
 
 def run_methods(o: Operands) -> None:
-    """DoRA's norm and scales and the sums of |U V^T - W|, whole and in parts."""
+    """dX of three projections, DoRA's norm and scales, and the sums of |U V^T - W|."""
     device = Device(multiprocessors=132, capability=(9, 0))
+    three = {"ts": [o.t] * 3, "lora_a": [o.a] * 3, "scaling": [o.scaling] * 3}
+    masks = Masks([0.1] * 3, o.rng)
+    projections.ProjectionStages(device).dx_of_all(dx=o.x, **three, masks=masks)
     numbers = torch.empty(o.size[1], device="meta")
     for squared in (None, numbers):
         dora.row_norms(device, numbers, o.weight, o.a, o.b, o.scaling, squared)
@@ -160,7 +164,7 @@ RUNS = {
 def record_launches(operands: Operands, kernels: str) -> list:
     """What one of RUNS launches."""
     launches: list = []
-    for module in (_stages, _fused, abs_row_sums, dora):
+    for module in (_stages, _fused, abs_row_sums, dora, projections):
         for name, value in vars(module).copy().items():
             if name.endswith("_kernel"):
                 kernel = value.kernel if isinstance(value, Recorder) else value
