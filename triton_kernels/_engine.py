@@ -180,7 +180,7 @@ def plan(problem: Problem, device: str) -> Choice:
     nearest to the problem, if there is one within reach; then gemm.
     """
     if _forced is None:
-        return _measured_choice(problem, device)
+        return settled(device) or _measured_choice(problem, device)
     why = why_not(_forced.engine, problem)
     if why is not None:
         return Choice("gemm", f"{_forced.why}, but {why}")
@@ -190,12 +190,21 @@ def plan(problem: Problem, device: str) -> Choice:
     return replace(_forced, tiles=tiles[0])
 
 
+def settled(device: str) -> Choice | None:
+    """What :func:`plan` says of every problem on a device of which nothing is known; else None."""
+    return _unmeasured(device) if _forced is None else None
+
+
+@functools.cache
+def _unmeasured(device: str) -> Choice | None:
+    if table().get(device, {}).get("rows"):
+        return None
+    return Choice("gemm", f"nothing has been measured on {device}")
+
+
 @functools.lru_cache(maxsize=4096)
 def _measured_choice(problem: Problem, device: str) -> Choice:
-    rows = table().get(device, {}).get("rows", [])
-    if not rows:
-        return Choice("gemm", f"nothing has been measured on {device}")
-    found = min(rows, key=lambda row: _distance(row, problem))
+    found = min(table()[device]["rows"], key=lambda row: _distance(row, problem))
     if not problem.aligned or _distance(found, problem) > math.log2(REACH):
         return Choice("gemm", f"nothing near has been measured on {device}")
     why = f"measured on {device} at M={found['m']} N={found['n']} K={found['k']} R={found['r']}"
@@ -217,10 +226,20 @@ def _distance(row: dict[str, Any], problem: Problem) -> float:
     return max(abs(math.log2(row[name] / getattr(problem, name))) for name in NEAR)
 
 
-@functools.cache
 def table() -> dict[str, Any]:
     """The committed measurements, by device name."""
-    return json.loads(TABLE.read_text())
+    return _read(TABLE)
+
+
+@functools.cache
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def forget() -> None:
+    """Read the table anew at the next call."""
+    for cached in (_read, _unmeasured, _measured_choice):
+        cached.cache_clear()
 
 
 @contextlib.contextmanager

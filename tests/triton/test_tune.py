@@ -89,8 +89,7 @@ def test_the_fastest_engine_is_written_and_then_chosen(
     assert [row["engine"] for row in rows(output)] == ["fused", "decode", "fused"]
     assert rows(output)[0]["us"]["gemm"] == 3e6
     monkeypatch.setattr(_engine, "TABLE", output)
-    _engine.table.cache_clear()
-    _engine._measured_choice.cache_clear()
+    _engine.forget()
     try:
         (device,) = _engine.table()
         for problem, row in zip(PROBLEMS, rows(output), strict=True):
@@ -100,8 +99,8 @@ def test_the_fastest_engine_is_written_and_then_chosen(
                 row["tiles"],
             )
     finally:
-        _engine.table.cache_clear()
-        _engine._measured_choice.cache_clear()
+        monkeypatch.undo()
+        _engine.forget()
 
 
 def test_a_tie_goes_to_torch(clock: Callable[..., FakeClock], tmp_path: Path) -> None:
