@@ -29,6 +29,7 @@ from pyfastft.native import _torch_gemm
 from pyfastft.testing.samples import upcast
 from pyfastft.testing.tolerance import assert_accurate
 from pyfastft.triton_kernels import _engine
+from pyfastft.triton_kernels._common import device_of
 from pyfastft.triton_kernels._engine import Problem, Tiles
 
 # An engine other than torch's GEMM has to be faster by this share: a tie is not worth a kernel.
@@ -70,15 +71,21 @@ def arguments(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     return grad, x, weight, a, b, xa, scaling, p, rng, None, None, None, need
 
 
-def contenders(problem: Problem) -> dict[str, tuple[str, Tiles | None]]:
-    """Engines and tiles that can compute a problem, by the name under which a row has their time;
-    torch's GEMM first."""
+def contenders(
+    problem: Problem, capability: tuple[int, int]
+) -> dict[str, tuple[str, Tiles | None]]:
+    """Engines and tiles that can compute a problem on a device of that compute capability, by the
+    name under which a row has their time; torch's GEMM first."""
     found: dict[str, tuple[str, Tiles | None]] = {}
     for engine in _engine.ENGINES:
         if _engine.why_not(engine, problem) is None:
             for tiles in _engine.candidates(engine, problem) or (None,):
-                sizes = "" if tiles is None else " " + "x".join(map(str, vars(tiles).values()))
-                found[engine + sizes] = (engine, tiles)
+                if tiles is None:
+                    found[engine] = (engine, None)
+                elif not tiles.tma or capability >= _engine.TMA_SINCE:
+                    *sizes, tma = vars(tiles).values()
+                    name = "x".join(map(str, sizes)) + (" tma" if tma else "")
+                    found[f"{engine} {name}"] = (engine, tiles)
     return found
 
 
@@ -116,7 +123,7 @@ def tune(
     sets += [arguments(problem, device) for _ in range(operand_sets(footprint, device) - 1)]
     running: dict[str, Candidate] = {}
     left_out = []
-    entrants = contenders(problem)
+    entrants = contenders(problem, device_of(first[0]).capability)
     for name, (engine, tiles) in entrants.items():
 
         def step(args: tuple[Any, ...], engine: str = engine, tiles: Tiles | None = tiles) -> None:

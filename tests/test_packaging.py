@@ -196,7 +196,7 @@ def test_other_machines_compile_the_scalar_level(tmp_path: Path) -> None:
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
+    sources = sorted((ROOT / "csrc/cpu").rglob("*.cpp"))
     texts = [p.read_text() for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".hpp")]
     texts += [p.read_text() for p in sources]
     standard = {

@@ -54,13 +54,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Of a product (M, D) (D, C): tile sizes along those, and how the kernel is launched."""
+    """Of a product (M, D) (D, C): tile sizes along those, how the kernel is launched, and whether
+    its operands come through tensor descriptors (TMA on sm_90 and later) or through pointers."""
 
     block_m: int
     block_c: int
     block_d: int
     num_warps: int
     num_stages: int
+    tma: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,42 +79,60 @@ class Choice:
 #
 # half: tensor cores multiply everything. mixed: float32 factors beside a half base take part as
 # bfloat16 pieces, which are made in registers. float32: FMA units, whose operands stand in
-# registers. With dropout the mask stands in registers, too.
+# registers. With dropout the mask stands in registers, too. Descriptors spare the registers that
+# addresses and masks of the loads take, on sm_90 and later; on sm_80 they are pointers again, and
+# are neither tuned nor compiled for it.
 FUSED_TILES: dict[tuple[str, bool], tuple[Tiles, ...]] = {
     ("half", False): (
         Tiles(128, 256, 64, 8, 3),
         Tiles(128, 128, 64, 8, 4),
         Tiles(64, 256, 64, 8, 3),
         Tiles(64, 128, 64, 4, 4),
+        Tiles(128, 256, 64, 8, 3, tma=True),
+        Tiles(128, 256, 64, 8, 4, tma=True),
+        Tiles(128, 128, 64, 8, 4, tma=True),
     ),
     ("half", True): (
         Tiles(128, 128, 64, 8, 4),
         Tiles(64, 256, 64, 8, 3),
         Tiles(64, 128, 64, 4, 4),
+        Tiles(128, 256, 64, 8, 3, tma=True),
+        Tiles(128, 128, 64, 8, 4, tma=True),
     ),
-    ("mixed", False): (Tiles(128, 128, 64, 8, 4), Tiles(64, 128, 64, 8, 4)),
-    ("mixed", True): (Tiles(128, 128, 64, 8, 4), Tiles(64, 128, 64, 8, 4)),
+    ("mixed", False): (
+        Tiles(128, 128, 64, 8, 4),
+        Tiles(64, 128, 64, 8, 4),
+        Tiles(128, 256, 64, 8, 3, tma=True),
+        Tiles(128, 128, 64, 8, 4, tma=True),
+    ),
+    ("mixed", True): (
+        Tiles(128, 128, 64, 8, 4),
+        Tiles(64, 128, 64, 8, 4),
+        Tiles(128, 256, 64, 8, 3, tma=True),
+        Tiles(128, 128, 64, 8, 4, tma=True),
+    ),
     ("float32", False): (Tiles(128, 64, 16, 8, 2), Tiles(64, 64, 16, 8, 2)),
     ("float32", True): (Tiles(128, 64, 16, 8, 2), Tiles(64, 64, 16, 8, 2)),
 }
 # Where Triton loads each element by itself, and where each element draws its own random number.
-UNALIGNED_TILES = Tiles(32, 64, 32, 4, 2)
+UNALIGNED_TILES = Tiles(32, 64, 16, 4, 2)
 MASKED_TILES = Tiles(*MASKED_TILE, 32, 4, 2)
 # A higher rank goes through in several steps: 64 at once spilled on sm_80.
 FUSED_RANKS = (16, 32)
+TMA_SINCE = (9, 0)
 
 # decode is bound by reading W once: what counts is how much of it is on its way at a time. block_m
 # is the smallest of DECODE_ROWS that holds the rows, and one tile of ranks holds the rank: float32
 # factors stand in registers, so fewer of them fit.
 DECODE_TILES: dict[str, tuple[Tiles, ...]] = {
-    "half": (Tiles(16, 32, 128, 4, 4), Tiles(16, 64, 64, 4, 4), Tiles(16, 16, 128, 4, 5)),
+    "half": (Tiles(16, 32, 128, 4, 4), Tiles(16, 16, 128, 4, 5)),
     "mixed": (Tiles(16, 32, 64, 8, 4), Tiles(16, 16, 64, 4, 4)),
     "float32": (Tiles(16, 32, 32, 8, 4), Tiles(16, 16, 32, 4, 4)),
 }
 DECODE_UNALIGNED_TILES = {
     "half": Tiles(16, 32, 64, 4, 2),
     "mixed": Tiles(16, 32, 32, 4, 2),
-    "float32": Tiles(16, 32, 32, 4, 2),
+    "float32": Tiles(16, 32, 32, 8, 2),
 }
 DECODE_ROWS = {"half": (16, 32, 64), "mixed": (16,), "float32": (16,)}
 DECODE_RANKS = {"half": 64, "mixed": 32, "float32": 32}
@@ -160,7 +180,7 @@ def plan(problem: Problem, device: str) -> Choice:
     nearest to the problem, if there is one within reach; then gemm.
     """
     if _forced is None:
-        return _measured_choice(problem, device)
+        return settled(device) or _measured_choice(problem, device)
     why = why_not(_forced.engine, problem)
     if why is not None:
         return Choice("gemm", f"{_forced.why}, but {why}")
@@ -170,12 +190,21 @@ def plan(problem: Problem, device: str) -> Choice:
     return replace(_forced, tiles=tiles[0])
 
 
+def settled(device: str) -> Choice | None:
+    """What :func:`plan` says of every problem on a device of which nothing is known; else None."""
+    return _unmeasured(device) if _forced is None else None
+
+
+@functools.cache
+def _unmeasured(device: str) -> Choice | None:
+    if table().get(device, {}).get("rows"):
+        return None
+    return Choice("gemm", f"nothing has been measured on {device}")
+
+
 @functools.lru_cache(maxsize=4096)
 def _measured_choice(problem: Problem, device: str) -> Choice:
-    rows = table().get(device, {}).get("rows", [])
-    if not rows:
-        return Choice("gemm", f"nothing has been measured on {device}")
-    found = min(rows, key=lambda row: _distance(row, problem))
+    found = min(table()[device]["rows"], key=lambda row: _distance(row, problem))
     if not problem.aligned or _distance(found, problem) > math.log2(REACH):
         return Choice("gemm", f"nothing near has been measured on {device}")
     why = f"measured on {device} at M={found['m']} N={found['n']} K={found['k']} R={found['r']}"
@@ -197,10 +226,20 @@ def _distance(row: dict[str, Any], problem: Problem) -> float:
     return max(abs(math.log2(row[name] / getattr(problem, name))) for name in NEAR)
 
 
-@functools.cache
 def table() -> dict[str, Any]:
     """The committed measurements, by device name."""
-    return json.loads(TABLE.read_text())
+    return _read(TABLE)
+
+
+@functools.cache
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def forget() -> None:
+    """Read the table anew at the next call."""
+    for cached in (_read, _unmeasured, _measured_choice):
+        cached.cache_clear()
 
 
 @contextlib.contextmanager

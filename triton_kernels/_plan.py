@@ -128,10 +128,11 @@ class Tile:
 # half -> (rows, columns, the largest tile of ranks, num_warps, num_stages).
 #
 # norm streams W once: 32 rows a program, so that 4096 rows give a program to every multiprocessor.
-# sums makes a tile of U V^T and throws it away: the larger it is, the fewer bytes of U and V for
-# each of its elements; float32 has it, and the operands, in registers.
-NORM_TILES = {True: (32, 128, 64, 4, 4), False: (32, 32, 16, 4, 1)}
-SUMS_TILES = {True: (64, 128, 64, 8, 2), False: (32, 32, 16, 4, 1)}
+# sums makes a tile of U V^T and throws it away. What bounds both in half precision are loads of a
+# W whose alignment Triton cannot know, with an address for each element: norm spilled on 4 warps or
+# with 64 ranks, sums with 128 columns. float32 has its operands in registers, too.
+NORM_TILES = {True: (32, 128, 32, 8, 3), False: (32, 32, 16, 4, 1)}
+SUMS_TILES = {True: (64, 64, 32, 8, 2), False: (32, 32, 16, 4, 1)}
 # Elements by rows of 256 bytes at least; there is nothing to multiply.
 SCALE_TILE = Tile(rows=16, columns=128, rank=0, num_warps=4, num_stages=1)
 

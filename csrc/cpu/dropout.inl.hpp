@@ -3,9 +3,6 @@
 // and every pass over the elements reads it at any alignment.
 namespace {
 
-// Bytes to allocate for the mask of so many elements: keep_bits reads up to 7 beyond the last.
-inline int64_t mask_bytes(int64_t elements) { return ceil_div(elements, 64) * 8 + 8; }
-
 // At least 32 bits of the mask, that of `element` the lowest.
 FT_INLINE uint32_t keep_bits(const uint8_t* mask, int64_t element) {
   uint64_t bits;
@@ -57,10 +54,8 @@ FT_INLINE void draw_mask(const MaskSource& source, Wide counter, uint8_t* mask) 
   for (int lane = 0; lane < kWideLanes; ++lane) mask[lane] = uint8_t(bytes[lane]);
 }
 
-// The mask of elements [0, elements), or null where nothing is dropped.
-inline const uint8_t* dropout_mask(const Dropout& d, int64_t elements, int threads) {
-  if (!d.threshold || !elements) return nullptr;
-  uint8_t* mask = static_cast<uint8_t*>(scratch(Scratch::kMask, mask_bytes(elements)));
+// The mask of elements [0, elements) into mask_bytes(elements) bytes.
+inline void write_mask(const Dropout& d, int64_t elements, uint8_t* mask, int threads) {
   constexpr int64_t kTask = 2048;  // bytes: about 10 microseconds
   const int64_t bytes = ceil_div(elements, 64) * 8;
   parallel_for(threads, ceil_div(bytes, kTask), [=](int64_t task, int) {
@@ -71,7 +66,6 @@ inline const uint8_t* dropout_mask(const Dropout& d, int64_t elements, int threa
     for (int64_t group = task * kTask; group < end; group += kWideLanes, counter += kWideLanes)
       draw_mask(source, counter, mask + group);
   });
-  return mask;
 }
 
 }  // namespace

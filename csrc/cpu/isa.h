@@ -1,5 +1,5 @@
 // Compiles the kernel bodies of FT_BODY once per level of the instruction set:
-//   #define FT_BODY "cpu/lora.inl.hpp"
+//   #define FT_BODY "cpu/lora/linear.inl.hpp"
 //   #include "cpu/isa.h"
 // Each copy stands in its own namespace (fastft::scalar, fastft::avx2, ...) and in a region that
 // switches the instructions on, for the functions defined inside only. What a body needs of the

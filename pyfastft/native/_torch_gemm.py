@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
+from pyfastft._check import name_of
 from pyfastft._random import dropout_threshold
 from pyfastft.triton_kernels import _engine
 
@@ -127,6 +128,10 @@ def choose(
     """
     if weight is None or wide.shape[0] == 0 or weight.numel() == 0:
         return _engine.Choice("gemm", "there is no base product")
+    device = device_name(wide.device)
+    choice = _engine.settled(device)
+    if choice is not None:
+        return choice
     m, (n, k) = wide.shape[0], weight.shape
     rows, columns = weight.stride()
     steps = (n, k, wide.stride(0), max(rows, columns))
@@ -136,14 +141,14 @@ def choose(
         n=n,
         k=k,
         r=lora_a.shape[0],
-        dtype=str(wide.dtype).removeprefix("torch."),
-        adapter=str(lora_a.dtype).removeprefix("torch."),
+        dtype=name_of(wide.dtype),
+        adapter=name_of(lora_a.dtype),
         dropout=threshold > 0,
         aligned=min(rows, columns) == 1
         and all(step % 16 == 0 for step in steps)
         and (wide.data_ptr() | weight.data_ptr()) % 16 == 0,
     )
-    choice = _engine.plan(problem, device_name(wide.device))
+    choice = _engine.plan(problem, device)
     if choice.engine != "gemm" and _fused() is None:
         return _engine.Choice("gemm", f"{choice.why}, but Triton cannot be imported")
     return choice

@@ -7,6 +7,7 @@ CUDA and Triton backends supply the same stages.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
@@ -23,17 +24,39 @@ _Tensors = Sequence[torch.Tensor]
 _MOST_IN_PLACE = 3
 
 
-class _Mask:
-    """With what each of several adapters drops: its threshold of 65536, and (seed + j, offset)."""
+class Masks:
+    """With what each of P adapters drops: its threshold of 65536, and its row (seed + j, offset) of
+    ``streams`` (P, 2), which is there where anything is dropped.
+    """
 
     def __init__(self, p: Sequence[float], rng: torch.Tensor | None) -> None:
         self.thresholds = [dropout_threshold(one) if rng is not None else 0 for one in p]
-        self.dropping = rng is not None and any(self.thresholds)
-        self.rngs: list[torch.Tensor | None] = [None] * len(p)
-        if rng is not None and self.dropping:
+        self.streams: torch.Tensor | None = None
+        if rng is not None and any(self.thresholds):
             # On the device throughout: a number brought from the host would break a CUDA graph.
             seeds = rng[0] + torch.arange(len(p), device=rng.device)
-            self.rngs = list(torch.stack((seeds, rng[1].expand_as(seeds)), dim=1))
+            self.streams = torch.stack((seeds, rng[1].expand_as(seeds)), dim=1)
+
+    def stream(self, j: int) -> torch.Tensor | None:
+        """What adapter j draws with."""
+        return None if self.streams is None else self.streams[j]
+
+
+class SeveralStages(Stages, Protocol):
+    """The stages of lora_linear, and one for several adapters at once."""
+
+    def dx_of_all(
+        self,
+        *,
+        dx: torch.Tensor,
+        ts: _Tensors,
+        lora_a: _Tensors,
+        scaling: _Tensors,
+        masks: Masks,
+    ) -> None:
+        """dx += sum_j s_j dropout_j(t_j A_j); one by one where a backend has nothing better."""
+        for j, (t, a, s) in enumerate(zip(ts, lora_a, scaling, strict=True)):
+            _dx(self, dx, t, a, s, masks, j)
 
 
 def _base(
@@ -47,14 +70,14 @@ def _base(
 
 
 def _down(
-    stages: Stages, xa: torch.Tensor, x: torch.Tensor, lora_a: torch.Tensor, mask: _Mask, j: int
+    stages: Stages, xa: torch.Tensor, x: torch.Tensor, lora_a: torch.Tensor, masks: Masks, j: int
 ) -> None:
     """xa = dropout_j(x) A^T, of any sizes."""
     if x.shape[1] == 0:
         xa.zero_()
     elif x.shape[0] > 0:
         lora_a = lora_a.contiguous()
-        stages.down(xa=xa, x=x, lora_a=lora_a, rng=mask.rngs[j], threshold=mask.thresholds[j])
+        stages.down(xa=xa, x=x, lora_a=lora_a, rng=masks.stream(j), threshold=masks.thresholds[j])
 
 
 def _up(
@@ -100,7 +123,7 @@ def _down_grad(
     t: torch.Tensor,
     x: torch.Tensor,
     scaling: torch.Tensor,
-    mask: _Mask,
+    masks: Masks,
     j: int,
 ) -> None:
     """dA = s t^T dropout_j(x), of any sizes."""
@@ -112,8 +135,8 @@ def _down_grad(
         t=t,
         x=x,
         scaling=scaling,
-        rng=mask.rngs[j],
-        threshold=mask.thresholds[j],
+        rng=masks.stream(j),
+        threshold=masks.thresholds[j],
     )
 
 
@@ -123,7 +146,7 @@ def _dx(
     t: torch.Tensor,
     lora_a: torch.Tensor,
     scaling: torch.Tensor,
-    mask: _Mask,
+    masks: Masks,
     j: int,
 ) -> None:
     """dx += s dropout_j(t A), of any sizes."""
@@ -133,8 +156,8 @@ def _dx(
             t=t,
             lora_a=lora_a.contiguous(),
             scaling=scaling,
-            rng=mask.rngs[j],
-            threshold=mask.thresholds[j],
+            rng=masks.stream(j),
+            threshold=masks.thresholds[j],
         )
 
 
@@ -159,27 +182,27 @@ def projections_forward(
     m = x.shape[0]
     ys = [y.view(m, b.shape[0]) for y, b in zip(ys, lora_b, strict=True)]
     xas = [xa.view(m, a.shape[0]) for xa, a in zip(xas, lora_a, strict=True)]
-    mask = _Mask(p, rng)
+    masks = Masks(p, rng)
 
     for y, weight, bias in zip(ys, weights, biases, strict=True):
         _base(y, x, weight, bias if bias.numel() else None)
     ranks = [a.shape[0] for a in lora_a]
     # One pass leaves the xa_j side by side, to be copied apart: 2 R elements of a row against the
     # K of each pass that is spared.
-    if not mask.dropping and 2 * sum(ranks) < k * (len(ranks) - 1):
+    if masks.streams is None and 2 * sum(ranks) < k * (len(ranks) - 1):
         beside = x.new_empty((m, sum(ranks)), dtype=lora_a[0].dtype)
-        _down(stages, beside, x, torch.cat(list(lora_a)), mask, 0)
+        _down(stages, beside, x, torch.cat(list(lora_a)), masks, 0)
         for xa, part in zip(xas, beside.split(ranks, dim=1), strict=True):
             xa.copy_(part)
     else:
         for j, (xa, a) in enumerate(zip(xas, lora_a, strict=True)):
-            _down(stages, xa, x, a, mask, j)
+            _down(stages, xa, x, a, masks, j)
     for y, xa, b, s in zip(ys, xas, lora_b, scaling, strict=True):
         _up(stages, y, xa, b, s)
 
 
 def projections_backward(
-    stages: Stages,
+    stages: SeveralStages,
     dx: torch.Tensor,
     dweights: _Tensors,
     dlora_a: _Tensors,
@@ -199,8 +222,8 @@ def projections_backward(
     packed_dx: _Tensors,
     need: Sequence[bool],
 ) -> None:
-    """lora_projections_backward; dx is the sum over projections, where nothing is dropped with one
-    low-rank update for all of them, and one pass over x for all dA_j.
+    """lora_projections_backward; dx is the sum over projections. Where nothing is dropped there is
+    one low-rank update of dx for all of them, and one pass over x for all dA_j.
     """
     count, k = len(weights), weights[0].shape[1]
     need_x = need[0]
@@ -208,7 +231,7 @@ def projections_backward(
     grads = [matrix_rows(g, w.shape[0]) for g, w in zip(grads, weights, strict=True)]
     m = grads[0].shape[0]
     x = None if x is None else matrix_rows(x, k)
-    mask = _Mask(p, rng)
+    masks = Masks(p, rng)
 
     if need_x:
         dx = dx.view(m, k)
@@ -233,13 +256,13 @@ def projections_backward(
                 scaling[j],
             )
     wanted = [j for j, flags in enumerate(needs) if flags[1]]
-    if mask.dropping or count == 1:
-        for j, t in ts.items():
-            if j in wanted:
-                assert x is not None
-                _down_grad(stages, dlora_a[j], t, x, scaling[j], mask, j)
-            if need_x:
-                _dx(stages, dx, t, lora_a[j], scaling[j], mask, j)
+    if masks.streams is not None or count == 1:
+        for j in wanted:
+            assert x is not None
+            _down_grad(stages, dlora_a[j], ts[j], x, scaling[j], masks, j)
+        if need_x and dx.numel() > 0:
+            values = list(ts.values())
+            stages.dx_of_all(dx=dx, ts=values, lora_a=lora_a, scaling=scaling, masks=masks)
         return
     # Side by side the adapters are one of rank R_1 + R_2 + ..., s_j already in t_j.
     one = torch.ones_like(scaling[0])
@@ -247,13 +270,13 @@ def projections_backward(
         assert x is not None
         beside = torch.cat([ts[j] * scaling[j] for j in wanted], dim=1)
         gradient = lora_a[0].new_empty((beside.shape[1], k))
-        _down_grad(stages, gradient, beside, x, one, mask, 0)
+        _down_grad(stages, gradient, beside, x, one, masks, 0)
         ranks = [lora_a[j].shape[0] for j in wanted]
         for j, part in zip(wanted, gradient.split(ranks), strict=True):
             dlora_a[j].copy_(part)
     if need_x:
         beside = torch.cat([ts[j] * scaling[j] for j in range(count)], dim=1)
-        _dx(stages, dx, beside, torch.cat(list(lora_a)), one, mask, 0)
+        _dx(stages, dx, beside, torch.cat(list(lora_a)), one, masks, 0)
 
 
 def _sum_of_products(out: torch.Tensor, grads: _Tensors, weights: _Tensors) -> None:
@@ -284,10 +307,10 @@ def adapters_forward(
 ) -> None:
     """lora_adapters: one base product for all rows, the stages on the rows of each adapter."""
     x = matrix_rows(x, weight.shape[1])
-    mask = _Mask(p, rng)
+    masks = Masks(p, rng)
     _base(y, x, weight, bias)
     for j, rows in enumerate(_segments(lengths)):
-        _down(stages, xas[j], x[rows], lora_a[j], mask, j)
+        _down(stages, xas[j], x[rows], lora_a[j], masks, j)
         _up(stages, y[rows], xas[j], lora_b[j], scaling[j])
 
 
@@ -318,7 +341,7 @@ def adapters_backward(
     need_x, need_weight, need_bias = need[:3]
     grad = matrix_rows(grad, n)
     x = None if x is None else matrix_rows(x, k)
-    mask = _Mask(p, rng)
+    masks = Masks(p, rng)
 
     if need_x:
         torch.mm(grad, weight, out=dx)
@@ -342,9 +365,9 @@ def adapters_backward(
         )
         if need_a:
             assert x is not None
-            _down_grad(stages, dlora_a[j], t, x[rows], scaling[j], mask, j)
+            _down_grad(stages, dlora_a[j], t, x[rows], scaling[j], masks, j)
         if need_x:
-            _dx(stages, dx[rows], t, lora_a[j], scaling[j], mask, j)
+            _dx(stages, dx[rows], t, lora_a[j], scaling[j], masks, j)
 
 
 def _segments(lengths: Sequence[int]) -> list[slice]:

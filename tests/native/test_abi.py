@@ -15,6 +15,7 @@ import torch
 
 import pyfastft as ft
 from pyfastft import _native
+from pyfastft.native.lora._layers import ADAPTER, LAYER
 
 CSRC = Path(__file__).parents[2] / "csrc"
 API = (CSRC / "include/fastft/api.h").read_text()
@@ -97,6 +98,12 @@ def test_dtype_codes_are_the_headers() -> None:
     assert enumerators("dtype.h", "ft_dtype") == {n.upper(): code for n, code in names.items()}
 
 
+def test_structs_have_the_fields_of_their_declarations() -> None:
+    for name, fields in (("ft_lora_layer", LAYER), ("ft_lora_adapter", ADAPTER)):
+        body = re.search(rf"struct {name} {{(.*?)}};", without_comments(API), re.DOTALL).group(1)
+        assert tuple(re.findall(r"(\w+)\s*[,;]", body)) == fields
+
+
 def test_instruction_set_levels_are_the_headers() -> None:
     levels = enumerators("api.h", "ft_isa")
     assert levels == {name.upper(): i for i, name in enumerate(_native.ISA_LEVELS)}
@@ -130,9 +137,9 @@ def test_a_wrong_call_enters_no_kernel(name: str) -> None:
         with pytest.raises(TypeError):
             function(**{k: v for k, v in good.items() if k != missing})
     with pytest.raises(TypeError):
-        function(**{**good, "n": "many"})
+        function(**{**good, "threads": "many"})
     with pytest.raises(OverflowError):
-        function(**{**good, "n": 2**70})
+        function(**{**good, "threads": 2**70})
     with pytest.raises(OverflowError):
         function(**{**good, "dtype": 2**31})
 

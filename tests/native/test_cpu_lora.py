@@ -12,6 +12,7 @@ import torch
 from pyfastft import _native
 from pyfastft._op import REGISTRY, backend
 from pyfastft._random import dropout_threshold
+from pyfastft.native._packing import pack
 from pyfastft.reference._dropout import keep_mask
 from pyfastft.testing.samples import FLOAT64, PRECISIONS, Precision, upcast
 from pyfastft.testing.tolerance import assert_accurate, assert_exact
@@ -22,9 +23,10 @@ pytestmark = pytest.mark.skipif(
 
 FORWARD = "lora_linear"
 BACKWARD = "lora_linear_backward"
-NAMES = ("dx", "dweight", "dlora_a", "dlora_b", "dbias", "dscaling")
-ALL = [True] * 6
+NAMES = ("dx", "dweight", "dlora_a", "dlora_b", "dbias", "dscaling", "dgate")
+ALL = [True] * 6 + [False]
 FLOAT32, BFLOAT16 = PRECISIONS[:2]
+NO_MORE = (None, None, None)  # gate, packed, packed_dx
 RNG = (0x0123456789ABCDEF, 0x7EDCBA9876543210)
 
 
@@ -50,8 +52,10 @@ def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
     return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype)
 
 
-def forward_arguments(m: int, n: int, k: int, r: int, precision: Precision, p: float = 0.1):
+def forward_arguments(m, n, k, r, precision: Precision, p: float = 0.1, gate=None):
+    """``gate``: None, "ranks" (one for all rows) or "rows" (one for each)."""
     base, adapter = precision.base, precision.adapter
+    gates = {"ranks": (r,), "rows": (m, r)}
     return (
         draw(m, k, dtype=base),
         draw(n, k, dtype=base, scale=max(k, 1) ** -0.5),
@@ -61,15 +65,20 @@ def forward_arguments(m: int, n: int, k: int, r: int, precision: Precision, p: f
         torch.tensor(0.75),
         p,
         torch.tensor(RNG) if p else None,
+        None if gate is None else 0.5 + draw(*gates[gate], dtype=adapter).abs(),
+        None,
+        None,
     )
 
 
 def backward_arguments(forward, need=ALL):
-    x, weight, lora_a, lora_b, _, scaling, p, rng = forward
-    grad = draw(x.shape[0], weight.shape[0], dtype=x.dtype)
+    x, weight, lora_a, lora_b, _, scaling, p, rng, gate, packed, packed_dx = forward
+    grad = draw(x.shape[0], lora_b.shape[0], dtype=x.dtype)
     with backend("reference"):
         xa = REGISTRY[FORWARD](*forward)[1]
-    return grad, x, weight, lora_a, lora_b, xa, scaling, p, rng, list(need)
+    needs = [*need[:6], gate is not None]
+    operands = (grad, x, weight, lora_a, lora_b, xa, scaling, p, rng, gate, packed, packed_dx)
+    return *operands, needs
 
 
 def run(op: str, args, name: str = "cpu"):
@@ -90,7 +99,8 @@ def assert_agrees(op: str, args) -> None:
     for name, actual, true, plain in zip(names, outputs, truth, naive, strict=True):
         if name == "dscaling" and actual.numel():
             grad, lora_b, xa = args[0].double(), args[4].double(), args[5].double()
-            terms = (grad.abs() @ lora_b.abs() * xa.abs()).sum()
+            gate = 1 if args[9] is None else args[9].double()
+            terms = (grad.abs() @ lora_b.abs() * (gate * xa).abs()).sum()
             assert actual.sub(true).abs() <= torch.finfo(torch.float32).eps * terms, name
         else:
             assert_accurate(actual, true, plain, gradient=op == BACKWARD, what=name)
@@ -169,11 +179,11 @@ def test_every_combination_of_gradients(level: str) -> None:
     full = run(BACKWARD, tuple(args))
     for need in itertools.product([False, True], repeat=6):
         partial = list(args)
-        partial[-1] = list(need)
+        partial[-1] = [*need, False]
         partial[1] = args[1] if need[1] or need[2] else None
         partial[5] = args[5] if need[3] or need[5] else None
         for name, wanted, some, every in zip(
-            NAMES, need, run(BACKWARD, tuple(partial)), full, strict=True
+            NAMES[:6], need, run(BACKWARD, tuple(partial)), full, strict=False
         ):
             if wanted:
                 assert_exact(some, every, name)
@@ -192,7 +202,7 @@ def test_mask_is_the_references(level: str, k: int, p: float) -> None:
     nothing = torch.zeros(1, k)
     scaling = torch.tensor(1.0)
     lora_b = torch.zeros(1, k)
-    _, xa = run(FORWARD, (ones, nothing, eye, lora_b, None, scaling, p, rng))
+    _, xa = run(FORWARD, (ones, nothing, eye, lora_b, None, scaling, p, rng, *NO_MORE))
     assert_exact(xa != 0, keep, "the forward's mask")
     dx, _, dlora_a, *_ = run(
         BACKWARD,
@@ -206,7 +216,8 @@ def test_mask_is_the_references(level: str, k: int, p: float) -> None:
             scaling,
             p,
             rng,
-            [True, False, True, False, False, False],
+            *NO_MORE,
+            [True, False, True, False, False, False, False],
         ),
     )
     assert_exact(dx != 0, keep, "the mask of dx")
@@ -216,13 +227,13 @@ def test_mask_is_the_references(level: str, k: int, p: float) -> None:
 def test_dropped_elements_are_not_read_and_kept_ones_are(level: str) -> None:
     m, n, k, r, p = 40, 20, 24, 3, 0.5
     for precision in (FLOAT32, BFLOAT16):
-        x, weight, lora_a, lora_b, bias, scaling, _, rng = forward_arguments(
+        x, weight, lora_a, lora_b, bias, scaling, _, rng, *_ = forward_arguments(
             m, n, k, r, precision, p
         )
         keep = keep_mask(m * k, dropout_threshold(p), rng).view(m, k)
-        clean = run(FORWARD, (x, weight, lora_a, lora_b, bias, scaling, p, rng))[1]
+        clean = run(FORWARD, (x, weight, lora_a, lora_b, bias, scaling, p, rng, *NO_MORE))[1]
         poisoned = torch.where(keep, x, torch.nan)
-        args = (poisoned, weight, lora_a, lora_b, bias, scaling, p, rng)
+        args = (poisoned, weight, lora_a, lora_b, bias, scaling, p, rng, *NO_MORE)
         assert_exact(run(FORWARD, args)[1], clean, "xa with NaN under the mask")
         gradients = list(backward_arguments((x, *args[1:])))
         plain = run(BACKWARD, tuple(gradients))[2]
@@ -267,7 +278,7 @@ def test_subnormals_survive(level: str) -> None:
     x = torch.full((3, 5), tiny)
     weight = torch.eye(5)
     zeros = torch.zeros(1, 5), torch.zeros(5, 1)
-    y, _ = run(FORWARD, (x, weight, *zeros, None, torch.tensor(1.0), 0.0, None))
+    y, _ = run(FORWARD, (x, weight, *zeros, None, torch.tensor(1.0), 0.0, None, *NO_MORE))
     assert_exact(y, x)
 
 
@@ -275,3 +286,73 @@ def test_float64_goes_to_the_reference() -> None:
     explanation = REGISTRY[FORWARD].explain(*upcast(forward_arguments(2, 3, 4, 1, FLOAT32)))
     assert explanation.chosen == "reference"
     assert explanation.reasons["cpu"].startswith(str(FLOAT64.base).removeprefix("torch."))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("gate", ["ranks", "rows"])
+@pytest.mark.parametrize("size", [(1, 40, 33, 5), (37, 50, 67, 19), (4, 30, 20, 33)])
+def test_gates(level: str, size, gate: str, precision: Precision) -> None:
+    forward = forward_arguments(*size, precision, gate=gate)
+    assert_agrees(FORWARD, forward)
+    assert_agrees(BACKWARD, backward_arguments(forward))
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_a_strided_gate_and_no_base(level: str, base: bool) -> None:
+    forward = list(forward_arguments(23, 31, 40, 6, FLOAT32, gate="rows"))
+    forward[8] = forward[8].T.contiguous().T[:, ::1]
+    if not base:
+        forward[1] = None
+    need = [True, base, True, True, True, True]
+    assert_agrees(FORWARD, tuple(forward))
+    assert_agrees(BACKWARD, backward_arguments(tuple(forward), need))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS[:3], ids=str)
+@pytest.mark.parametrize("size", [(1, 33, 65, 2), (4, 40, 17, 3), (37, 70, 401, 5), (9, 5, 1, 1)])
+@pytest.mark.parametrize("form", ["both", "forward", "across"])
+def test_packed_weights_give_the_same_bits(level: str, size, form: str, precision) -> None:
+    """With the plain weight absent: from the form packed for the direction, or read across."""
+    forward = forward_arguments(*size, precision)
+    need = [True, False, True, True, True, True]
+    plain = run(FORWARD, forward), run(BACKWARD, gradients := backward_arguments(forward, need))
+    weight = forward[1]
+    packed = pack(weight) if form != "across" else None
+    packed_dx = pack(weight, transposed=True) if form != "forward" else None
+    forward = (forward[0], None, *forward[2:9], packed, packed_dx)
+    gradients = (*gradients[:2], None, *gradients[3:10], packed, packed_dx, gradients[12])
+    for expected, actual in zip(
+        (*plain[0], *plain[1]), (*run(FORWARD, forward), *run(BACKWARD, gradients)), strict=True
+    ):
+        assert_exact(actual, expected)
+    with backend("reference"):
+        y, _ = REGISTRY[FORWARD](*forward)
+    assert_exact(y, run(FORWARD, (forward[0], weight, *forward[2:]), "reference")[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda packed: packed[:-1], "bytes"),
+        (lambda packed: packed[64:], "no packed weight"),
+        (lambda packed: packed[:10], "no packed weight"),
+        (lambda packed: pack(torch.ones(7, 13)), "(7, 13)"),
+        (lambda packed: pack(torch.ones(13, 7).bfloat16()), "dtype code 1"),
+    ],
+)
+def test_another_packed_weight_is_refused(change, says: str) -> None:
+    forward = list(forward_arguments(3, 13, 7, 2, FLOAT32))
+    forward[9] = change(pack(forward[1]))
+    with pytest.raises(ValueError, match="expected packed of this weight") as caught:
+        run(FORWARD, tuple(forward))
+    assert says in str(caught.value)
+
+
+def test_a_weight_packed_at_another_level_is_refused() -> None:
+    if len(levels()) < 2:
+        pytest.skip("one level")
+    forward = list(forward_arguments(3, 13, 7, 2, FLOAT32))
+    with _native.cpu_isa("scalar"):
+        forward[9] = pack(forward[1])
+    with pytest.raises(ValueError, match="another instruction set"):
+        run(FORWARD, tuple(forward))

@@ -54,7 +54,7 @@ def test_strides_beyond_32_bits(name: str, far: str, dtype: torch.dtype) -> None
         adapter = (t["weight"], t["lora_a"], t["lora_b"])
         y, xa = ops.lora_linear(t["x"], *adapter, None, scaling, 0.5, rng)
         gradients = ops.lora_linear_backward(
-            t["grad"], t["x"], *adapter, xa, scaling, 0.5, rng, [True] * 6
+            t["grad"], t["x"], *adapter, xa, scaling, 0.5, rng, *(None,) * 3, [True] * 6 + [False]
         )
         return y, xa, *gradients
 
@@ -92,8 +92,8 @@ def test_the_mask_beyond_element_2_to_the_32() -> None:
         # Only the last row has a gradient, so dA is that row's dropout(x).
         grad = torch.zeros(m, 1)
         grad[-1] = 1
-        need = [False, False, True, False, False, False]
+        need = [False, False, True, False, False, False, False]
         dlora_a = ops.lora_linear_backward(
-            grad, x, weight, lora_a, lora_b, None, scaling, p, rng, need
+            grad, x, weight, lora_a, lora_b, None, scaling, p, rng, None, None, None, need
         )[2]
     assert_exact(dlora_a.double()[0], dropped[m - 1])

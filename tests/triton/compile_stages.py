@@ -28,11 +28,13 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_source
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import pyfastft.ops  # noqa: F401  the operators, before their implementations
+from pyfastft.native._torch_gemm_lists import Masks
 from pyfastft.triton_kernels import _engine
 from pyfastft.triton_kernels._plan import Device
-from pyfastft.triton_kernels.lora import _fused, _stages, abs_row_sums, dora
+from pyfastft.triton_kernels.lora import _fused, _stages, abs_row_sums, dora, projections
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 POINTERS = {
@@ -127,8 +129,11 @@ def run_products(o: Operands, *, every: bool) -> None:
 
 
 def run_methods(o: Operands) -> None:
-    """DoRA's norm and scales and the sums of |U V^T - W|, whole and in parts."""
+    """dX of three projections, DoRA's norm and scales, and the sums of |U V^T - W|."""
     device = Device(multiprocessors=132, capability=(9, 0))
+    three = {"ts": [o.t] * 3, "lora_a": [o.a] * 3, "scaling": [o.scaling] * 3}
+    masks = Masks([0.1] * 3, o.rng)
+    projections.ProjectionStages(device).dx_of_all(dx=o.x, **three, masks=masks)
     numbers = torch.empty(o.size[1], device="meta")
     for squared in (None, numbers):
         dora.row_norms(device, numbers, o.weight, o.a, o.b, o.scaling, squared)
@@ -159,7 +164,7 @@ RUNS = {
 def record_launches(operands: Operands, kernels: str) -> list:
     """What one of RUNS launches."""
     launches: list = []
-    for module in (_stages, _fused, abs_row_sums, dora):
+    for module in (_stages, _fused, abs_row_sums, dora, projections):
         for name, value in vars(module).copy().items():
             if name.endswith("_kernel"):
                 kernel = value.kernel if isinstance(value, Recorder) else value
@@ -179,6 +184,10 @@ def specialise(kernel: triton.JITFunction, arguments: dict[str, Any]) -> ASTSour
         if parameter.is_constexpr or value is None or is_one:
             signature[parameter.name] = "constexpr"
             constants[(position,)] = value
+            continue
+        if isinstance(value, TensorDescriptor):
+            element = POINTERS[value.base.dtype].removeprefix("*")
+            signature[parameter.name] = f"tensordesc<{element}{list(value.block_shape)}>"
             continue
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
@@ -205,7 +214,8 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 def multiplies_half(arguments: dict[str, Any]) -> bool:
     """Whether tensor cores have to run: for a half base, a half factor, or one cut into halves."""
-    base = arguments.get("w_ptr")
+    base = arguments.get("w_ptr", arguments.get("w"))
+    base = getattr(base, "base", base)
     return (
         arguments.get("DOT") in (tl.bfloat16, tl.float16)
         or (base is not None and base.dtype is not torch.float32)
@@ -224,7 +234,8 @@ def main(architectures: str, alignments: str, precisions: str, ranks: str, kerne
             source = specialise(kernel, arguments)
             for architecture in map(int, architectures.split(",")):
                 key = (source.hash(), architecture, *options.values())
-                if key in seen:
+                # What descriptors take is tuned for none but the architectures that have them.
+                if key in seen or (arguments.get("TMA") and architecture < 90):
                     continue
                 seen.add(key)
                 compiled = compile_source(
@@ -235,6 +246,7 @@ def main(architectures: str, alignments: str, precisions: str, ranks: str, kerne
                     "GROUPED",
                     "WITH_T",
                     "WHOLE",
+                    "TMA",
                     "KNOWN",
                     "WITH_W",
                     "NEED_W",

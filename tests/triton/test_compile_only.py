@@ -30,7 +30,12 @@ MATRIX_INSTRUCTION = {
 }
 STAGES = {"_lora_project_kernel", "_lora_update_kernel", "_lora_gradient_kernel"}
 PRODUCTS = {"_lora_gemm_kernel", "_lora_decode_kernel", "_lora_decode_sum_kernel"}
-METHODS = {"_dora_norm_kernel", "_scale_columns_kernel", "_scale_columns_backward_kernel"}
+METHODS = {
+    "_lora_update_all_kernel",
+    "_dora_norm_kernel",
+    "_scale_columns_kernel",
+    "_scale_columns_backward_kernel",
+}
 SUMS = {"_abs_row_sums_kernel", "_abs_row_sums_backward_kernel"}
 PRECISIONS = ["bf16-bf16", "fp32-fp32", "bf16-fp32"]
 # A rank per tile of ranks, and one that Triton cannot align.
@@ -81,7 +86,7 @@ def test_every_launch_compiles_without_spills(
 
 @pytest.mark.more
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("alignment", ["aligned", "odd"])
+@pytest.mark.parametrize("alignment", ["aligned", "odd", "eight"])
 def test_methods_compile_without_spills(alignment: str, precision: str) -> None:
     # U, V and W have one dtype.
     found = METHODS if precision == "bf16-fp32" else METHODS | SUMS

@@ -89,8 +89,7 @@ def test_the_fastest_engine_is_written_and_then_chosen(
     assert [row["engine"] for row in rows(output)] == ["fused", "decode", "fused"]
     assert rows(output)[0]["us"]["gemm"] == 3e6
     monkeypatch.setattr(_engine, "TABLE", output)
-    _engine.table.cache_clear()
-    _engine._measured_choice.cache_clear()
+    _engine.forget()
     try:
         (device,) = _engine.table()
         for problem, row in zip(PROBLEMS, rows(output), strict=True):
@@ -100,8 +99,8 @@ def test_the_fastest_engine_is_written_and_then_chosen(
                 row["tiles"],
             )
     finally:
-        _engine.table.cache_clear()
-        _engine._measured_choice.cache_clear()
+        monkeypatch.undo()
+        _engine.forget()
 
 
 def test_a_tie_goes_to_torch(clock: Callable[..., FakeClock], tmp_path: Path) -> None:
@@ -123,7 +122,7 @@ def test_an_engine_that_is_not_accurate_takes_no_part(
     left_out = run(fake, tmp_path / "table.json", [FORWARD])
     (row,) = rows(tmp_path / "table.json")
     assert (row["engine"], set(row["us"])) == ("gemm", {"gemm"})
-    assert len(left_out) == len(_engine.candidates("fused", FORWARD))
+    assert len(left_out) == len(tune.contenders(FORWARD, (8, 0))) - 1
     assert all("not accurate" in line for line in left_out)
 
 
@@ -148,8 +147,10 @@ def test_every_problem_that_is_tuned_has_contenders() -> None:
     for family in tune.PROBLEMS.values():
         assert len(set(family)) == len(family)
         for problem in family:
-            engines = {engine for engine, _ in tune.contenders(problem).values()}
-            assert engines >= {"gemm", "fused"}
+            found = tune.contenders(problem, (9, 0))
+            assert {engine for engine, _ in found.values()} >= {"gemm", "fused"}
+            older = tune.contenders(problem, (8, 6))
+            assert set(older) == {name for name in found if not name.endswith(" tma")}
 
 
 def test_without_a_gpu_the_command_says_so(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pyfastft._random import dropout_scale
 from pyfastft.triton_kernels._common import DOT_TYPES, OPTIONS, device_of, dropout_keep
@@ -56,8 +57,8 @@ def _add_low_rank(acc, u, v, DOT: tl.constexpr, PIECES: tl.constexpr):
 @triton.jit(do_not_specialize=_VARYING)
 def _lora_gemm_kernel(
     out_ptr,
-    a_ptr,
-    w_ptr,
+    a,
+    w,
     bias_ptr,
     u_ptr,
     v_ptr,
@@ -83,6 +84,8 @@ def _lora_gemm_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
+    TMA: tl.constexpr,
+    W_TRANSPOSED: tl.constexpr,
 ):
     """Computes out (M, C) = a w + bias + s * scale * select(u v), the mask that of out's elements.
 
@@ -90,7 +93,8 @@ def _lora_gemm_kernel(
     Numerics: u is rounded to DOT, or cut into PIECES; the low-rank sum is masked and scaled in
     float32 before the product is added to it; one rounding to out's dtype.
     Traffic: a, w, u and v as their tiles demand; out is written once.
-    Relies on: a has unit column stride; u (M, R) and out are contiguous.
+    Relies on: a has unit column stride; u (M, R) and out are contiguous. With TMA a and w are
+    descriptors, w's of the (C, D) matrix where it is W_TRANSPOSED; else they are pointers.
     """
     tile_m, tile_c = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(C, BLOCK_C), GROUP_M)
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -118,16 +122,25 @@ def _lora_gemm_kernel(
         acc = tl.where(keep, acc, 0.0)
     acc *= tl.load(scaling_ptr) * scale
 
-    depth = tl.arange(0, BLOCK_D)
-    a_ptrs = a_ptr + rows[:, None] * a_stride_m + depth[None, :]
-    w_ptrs = w_ptr + depth[:, None].to(tl.int64) * w_stride_d + columns[None, :] * w_stride_c
-    for first in range(0, D, BLOCK_D):
-        in_depth = depth < D - first
-        a = tl.load(a_ptrs, mask=in_rows & in_depth[None, :], other=0.0)
-        w = tl.load(w_ptrs, mask=in_depth[:, None] & in_columns, other=0.0)
-        acc = tl.dot(a, w, acc, input_precision="ieee")
-        a_ptrs += BLOCK_D
-        w_ptrs += BLOCK_D * w_stride_d
+    if TMA:
+        for first in range(0, D, BLOCK_D):
+            a_tile = a.load([tile_m * BLOCK_M, first])
+            if W_TRANSPOSED:
+                w_tile = w.load([first_column, first]).T
+            else:
+                w_tile = w.load([first, first_column])
+            acc = tl.dot(a_tile, w_tile, acc, input_precision="ieee")
+    else:
+        depth = tl.arange(0, BLOCK_D)
+        a_ptrs = a + rows[:, None] * a_stride_m + depth[None, :]
+        w_ptrs = w + depth[:, None].to(tl.int64) * w_stride_d + columns[None, :] * w_stride_c
+        for first in range(0, D, BLOCK_D):
+            in_depth = depth < D - first
+            a_tile = tl.load(a_ptrs, mask=in_rows & in_depth[None, :], other=0.0)
+            w_tile = tl.load(w_ptrs, mask=in_depth[:, None] & in_columns, other=0.0)
+            acc = tl.dot(a_tile, w_tile, acc, input_precision="ieee")
+            a_ptrs += BLOCK_D
+            w_ptrs += BLOCK_D * w_stride_d
 
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
@@ -377,10 +390,17 @@ def _gemm(
     """out (M, C) = a w + bias + s dropout(u v), for w (D, C) and v (R, C) of any strides."""
     (m, c), d, r = out.shape, w.shape[0], v.shape[0]
     block_r = next((block for block in FUSED_RANKS if block >= r), FUSED_RANKS[-1])
+    transposed = w.stride(0) == 1
+    a_operand, w_operand = a, w
+    if tiles.tma:
+        rows_of_w = w.T if transposed else w
+        block = [tiles.block_c, tiles.block_d] if transposed else [tiles.block_d, tiles.block_c]
+        a_operand = TensorDescriptor.from_tensor(a, [tiles.block_m, tiles.block_d])
+        w_operand = TensorDescriptor.from_tensor(rows_of_w, block)
     _lora_gemm_kernel[(triton.cdiv(m, tiles.block_m) * triton.cdiv(c, tiles.block_c),)](
         out,
-        a,
-        w,
+        a_operand,
+        w_operand,
         bias,
         u,
         v,
@@ -397,6 +417,8 @@ def _gemm(
         scale=dropout_scale(threshold),
         BLOCK_D=tiles.block_d,
         GROUP_M=_GROUP_M,
+        TMA=tiles.tma,
+        W_TRANSPOSED=transposed,
         **_masking(c, rng, threshold),
         **_meta(tiles, a, v, block_r),
     )

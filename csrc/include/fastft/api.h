@@ -56,27 +56,116 @@ FT_API int ft_cpu_unpack_weight(void* weight, const void* packed, int64_t packed
 
 // ---- lora ----------------------------------------------------------------------------------
 
-// y = x W^T + b + s * xa B^T with xa = dropout(x) A^T, accumulated in float32.
-// [out] y (m, n), xa (m, r); [in] x (m, k), weight (n, k), lora_a (r, k), lora_b (n, r),
+// With xa = dropout(x) A^T and a gate g, 1 where it is null, accumulated in float32:
+// y = x W^T + b + s * (xa * g) B^T. xa * g is rounded to the adapter's dtype.
+// [out] y (m, n), xa (m, r); [in] x (m, k), weight (n, k) or null, lora_a (r, k), lora_b (n, r),
 // bias (n) or null, scaling: one float, rng: int64 (seed, offset) or null, threshold: of 65536,
-// see philox.h. threads: at most this many.
+// see philox.h; gate (m, r), or with gate_stride_m 0 (r); packed: ft_cpu_pack_weight's of the
+// weight, packed_dx: of its transpose, or null. One of the three is read; where all are null there
+// is no base product. threads: at most this many.
 FT_API int ft_cpu_lora_linear(void* y, void* xa, const void* x, const void* weight,
                               const void* lora_a, const void* lora_b, const void* bias,
-                              const float* scaling, const int64_t* rng, int64_t m, int64_t n,
+                              const float* scaling, const int64_t* rng, const void* gate,
+                              const void* packed, const void* packed_dx, int64_t m, int64_t n,
                               int64_t k, int64_t r, int64_t x_stride_m, int64_t x_stride_k,
-                              int64_t weight_stride_n, int64_t weight_stride_k, uint32_t threshold,
-                              int32_t dtype, int32_t adapter_dtype, int32_t threads);
+                              int64_t weight_stride_n, int64_t weight_stride_k,
+                              int64_t gate_stride_m, int64_t packed_bytes, int64_t packed_dx_bytes,
+                              uint32_t threshold, int32_t dtype, int32_t adapter_dtype,
+                              int32_t threads);
 
-// With T = grad B: dx = grad W + s * dropout(T A), dweight = grad^T x, dbias = sum_m grad,
-// dlora_a = s * T^T dropout(x), dlora_b = s * grad^T xa, dscaling = sum(T * xa). T stays float32.
-// [in] x is read for dweight and dlora_a, xa for dlora_b and dscaling; null where not read.
+// With T = grad B: dx = grad W + s * dropout((T * g) A), dweight = grad^T x, dbias = sum_m grad,
+// dlora_a = s * (T * g)^T dropout(x), dlora_b = s * grad^T (xa * g), dscaling = sum(T * xa * g),
+// dgate = s * T * xa, over the rows where the gate has none. T stays float32.
+// [in] x is read for dweight and dlora_a, xa for dlora_b, dscaling and dgate; null where not read.
 FT_API int ft_cpu_lora_linear_backward(
     void* dx, void* dweight, void* dlora_a, void* dlora_b, void* dbias, float* dscaling,
-    const void* grad, const void* x, const void* weight, const void* lora_a, const void* lora_b,
-    const void* xa, const float* scaling, const int64_t* rng, int64_t m, int64_t n, int64_t k,
-    int64_t r, int64_t grad_stride_m, int64_t grad_stride_n, int64_t x_stride_m, int64_t x_stride_k,
-    int64_t weight_stride_n, int64_t weight_stride_k, uint32_t threshold, int32_t dtype,
-    int32_t adapter_dtype, int32_t threads);
+    void* dgate, const void* grad, const void* x, const void* weight, const void* lora_a,
+    const void* lora_b, const void* xa, const float* scaling, const int64_t* rng, const void* gate,
+    const void* packed, const void* packed_dx, int64_t m, int64_t n, int64_t k, int64_t r,
+    int64_t grad_stride_m, int64_t grad_stride_n, int64_t x_stride_m, int64_t x_stride_k,
+    int64_t weight_stride_n, int64_t weight_stride_k, int64_t gate_stride_m, int64_t packed_bytes,
+    int64_t packed_dx_bytes, uint32_t threshold, int32_t dtype, int32_t adapter_dtype,
+    int32_t threads);
+
+// A base layer among several, in both directions; each field as the parameter of that name above.
+// Python writes these structs as arrays of 64-bit integers.
+struct ft_lora_layer {
+  void *y, *dweight, *dbias;
+  const void *grad, *weight, *bias, *packed, *packed_dx;
+  int64_t n, grad_stride_m, grad_stride_n, weight_stride_n, weight_stride_k, packed_bytes,
+      packed_dx_bytes;
+};
+
+// An adapter among several, and the rows of x that it serves. xa is read by the backward.
+struct ft_lora_adapter {
+  void *xa, *dlora_a, *dlora_b, *dgate;
+  float* dscaling;
+  const void *lora_a, *lora_b, *gate;
+  const float* scaling;
+  int64_t r, first_row, rows, gate_stride_m, threshold;
+};
+
+// ft_cpu_lora_linear of `count` layers of one x, each with one adapter on all of its m rows,
+// drawing with seed + j.
+FT_API int ft_cpu_lora_projections(const ft_lora_layer* layers, const ft_lora_adapter* adapters,
+                                   const void* x, const int64_t* rng, int64_t count, int64_t m,
+                                   int64_t k, int64_t x_stride_m, int64_t x_stride_k, int32_t dtype,
+                                   int32_t adapter_dtype, int32_t threads);
+// [out] dx (m, k) or null: the sum over the layers, rounded once; count is at most 16.
+FT_API int ft_cpu_lora_projections_backward(void* dx, const ft_lora_layer* layers,
+                                            const ft_lora_adapter* adapters, const void* x,
+                                            const int64_t* rng, int64_t count, int64_t m, int64_t k,
+                                            int64_t x_stride_m, int64_t x_stride_k, int32_t dtype,
+                                            int32_t adapter_dtype, int32_t threads);
+
+// ft_cpu_lora_linear of one layer with `count` adapters, whose rows follow each other from row 0
+// on; rows beyond them get the base alone. Adapter j's mask is that of its own rows, with seed + j.
+FT_API int ft_cpu_lora_adapters(const ft_lora_layer* layer, const ft_lora_adapter* adapters,
+                                const void* x, const int64_t* rng, int64_t count, int64_t m,
+                                int64_t k, int64_t x_stride_m, int64_t x_stride_k, int32_t dtype,
+                                int32_t adapter_dtype, int32_t threads);
+FT_API int ft_cpu_lora_adapters_backward(void* dx, const ft_lora_layer* layer,
+                                         const ft_lora_adapter* adapters, const void* x,
+                                         const int64_t* rng, int64_t count, int64_t m, int64_t k,
+                                         int64_t x_stride_m, int64_t x_stride_k, int32_t dtype,
+                                         int32_t adapter_dtype, int32_t threads);
+
+// norm_n = |W_n + s * B_n A|, of rows, W + s B A made and summed by tiles.
+// [out] norm (n) float; [in] weight (n, k), lora_a (r, k), lora_b (n, r), scaling: one float.
+FT_API int ft_cpu_dora_norm(float* norm, const void* weight, const void* lora_a, const void* lora_b,
+                            const float* scaling, int64_t n, int64_t k, int64_t r,
+                            int64_t weight_stride_n, int64_t weight_stride_k, int32_t dtype,
+                            int32_t adapter_dtype, int32_t threads);
+
+// y = x * g + b along columns, rounded once. [out] y (m, n); [in] x (m, n), scale (n) float,
+// bias (n) or null.
+FT_API int ft_cpu_scale_columns(void* y, const void* x, const float* scale, const void* bias,
+                                int64_t m, int64_t n, int64_t x_stride_m, int64_t x_stride_n,
+                                int32_t dtype, int32_t threads);
+
+// dx = grad * g, dscale = sum_m grad * x, dbias = sum_m grad, in one pass.
+// [out] dx (m, n), dscale (n) float, dbias (n); [in] x is read for dscale.
+FT_API int ft_cpu_scale_columns_backward(void* dx, float* dscale, void* dbias, const void* grad,
+                                         const void* x, const float* scale, int64_t m, int64_t n,
+                                         int64_t grad_stride_m, int64_t grad_stride_n,
+                                         int64_t x_stride_m, int64_t x_stride_n, int32_t dtype,
+                                         int32_t threads);
+
+// sums_n = sum_k |U V^T - W|, by tiles. [out] sums (n) float; [in] u (n, r), v (k, r), w (n, k) or
+// null.
+FT_API int ft_cpu_abs_row_sums(float* sums, const void* u, const void* v, const void* w, int64_t n,
+                               int64_t k, int64_t r, int64_t u_stride_n, int64_t u_stride_r,
+                               int64_t v_stride_k, int64_t v_stride_r, int64_t w_stride_n,
+                               int64_t w_stride_k, int32_t dtype, int32_t threads);
+
+// With Z = sign(U V^T - W) * grad along rows, by tiles: du = Z V, dv = Z^T U, dw = -Z.
+// [out] du (n, r), dv (k, r), dw (n, k); [in] grad (n) float.
+FT_API int ft_cpu_abs_row_sums_backward(void* du, void* dv, void* dw, const float* grad,
+                                        const void* u, const void* v, const void* w, int64_t n,
+                                        int64_t k, int64_t r, int64_t u_stride_n,
+                                        int64_t u_stride_r, int64_t v_stride_k, int64_t v_stride_r,
+                                        int64_t w_stride_n, int64_t w_stride_k, int32_t dtype,
+                                        int32_t threads);
 
 // The five stages around torch's GEMM on a GPU; scaling, rng and workspaces are device pointers.
 // x and grad have a row stride and unit column stride. All reductions have a fixed order.

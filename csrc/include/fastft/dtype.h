@@ -14,6 +14,16 @@ enum ft_dtype : int32_t { FT_FLOAT32 = 0, FT_BFLOAT16 = 1, FT_FLOAT16 = 2 };
 
 namespace fastft {
 
+inline int64_t element_bytes(int32_t dtype) { return dtype == FT_FLOAT32 ? 4 : 2; }
+
+// The address so many elements on; null stays null.
+inline const void* advanced(const void* data, int32_t dtype, int64_t elements) {
+  return data ? static_cast<const char*>(data) + elements * element_bytes(dtype) : nullptr;
+}
+inline void* advanced(void* data, int32_t dtype, int64_t elements) {
+  return data ? static_cast<char*>(data) + elements * element_bytes(dtype) : nullptr;
+}
+
 struct bf16 {
   uint16_t bits;
 };

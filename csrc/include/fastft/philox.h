@@ -24,6 +24,9 @@ struct Dropout {
   float scale;
 };
 
+// Bytes of a mask of so many elements, a bit for each, that is read 8 bytes at a time.
+FT_HOST_DEVICE int64_t mask_bytes(int64_t elements) { return (elements + 63) / 64 * 8 + 8; }
+
 FT_HOST_DEVICE Dropout make_dropout(const int64_t* rng, uint32_t threshold) {
   Dropout d{0, 0, rng ? threshold : 0u, 1.0f};
   if (d.threshold) {

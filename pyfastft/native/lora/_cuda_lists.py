@@ -12,6 +12,10 @@ from pyfastft.native import _torch_gemm_lists
 from pyfastft.native.lora.linear import CudaStages, cuda_unsupported
 
 
+class _Stages(CudaStages, _torch_gemm_lists.SeveralStages):
+    """The stages of lora_linear, used for one projection after the other."""
+
+
 def _unsupported(lead: torch.Tensor | Sequence[torch.Tensor], *_: Any) -> str | None:
     return cuda_unsupported(lead if isinstance(lead, torch.Tensor) else lead[0])
 
@@ -27,7 +31,7 @@ def lora_projections_backward(*args: Any) -> None:
     """Six outputs, then the op's arguments."""
     grad = args[6][0]
     with torch.cuda.device_of(grad):
-        _torch_gemm_lists.projections_backward(CudaStages(grad.device), *args)
+        _torch_gemm_lists.projections_backward(_Stages(grad.device), *args)
 
 
 @implement("lora_adapters", "cuda", unsupported=_unsupported)

@@ -14,24 +14,15 @@ from pyfastft._native import DTYPES, address
 from pyfastft._op import implement
 from pyfastft._random import dropout_threshold
 from pyfastft.native import _torch_gemm
+from pyfastft.native.lora._layers import cpu_unsupported, refuse_packed
 
 
-def _cpu_unsupported(first: torch.Tensor, *args: Any) -> str | None:
-    """Why the CPU library cannot run an op whose first argument has the base's dtype."""
-    at = 8 if len(args) == 12 else 7
-    if args[at - 7] is None or any(arg is not None for arg in args[at : at + 3]):
-        return "gates, packed weights and a base that is absent are not built yet"
-    if first.dtype not in DTYPES:
-        return f"{name_of(first.dtype)} is not one of {', '.join(map(name_of, DTYPES))}"
-    return _native.why_no_cpu()
-
-
-@implement("lora_linear", "cpu", unsupported=_cpu_unsupported)
+@implement("lora_linear", "cpu", unsupported=cpu_unsupported)
 def lora_linear(
     y: torch.Tensor,
     xa: torch.Tensor,
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     bias: torch.Tensor | None,
@@ -42,8 +33,8 @@ def lora_linear(
     packed: torch.Tensor | None,
     packed_dx: torch.Tensor | None,
 ) -> None:
-    n, k = weight.shape
-    r = lora_a.shape[0]
+    n, r = lora_b.shape
+    k = lora_a.shape[1]
     m = xa.numel() // r
     if x.dim() != 2:
         x = x.reshape(m, k)
@@ -52,34 +43,51 @@ def lora_linear(
         bias = bias.contiguous()
     if rng is not None:
         rng = rng.contiguous()
+    gate_stride_m = 0
+    if gate is not None:
+        gate_stride_m = r if gate.dim() > 1 else 0
+        gate = gate.contiguous()
+    if packed is not None:
+        packed = packed.contiguous()
+    if packed_dx is not None:
+        packed_dx = packed_dx.contiguous()
     x_stride_m, x_stride_k = x.stride()
-    weight_stride_n, weight_stride_k = weight.stride()
-    _native.cpu().lora_linear(
-        y=y.data_ptr(),
-        xa=xa.data_ptr(),
-        x=x.data_ptr(),
-        weight=weight.data_ptr(),
-        lora_a=lora_a.data_ptr(),
-        lora_b=lora_b.data_ptr(),
-        bias=address(bias),
-        scaling=scaling.data_ptr(),
-        rng=address(rng),
-        m=m,
-        n=n,
-        k=k,
-        r=r,
-        x_stride_m=x_stride_m,
-        x_stride_k=x_stride_k,
-        weight_stride_n=weight_stride_n,
-        weight_stride_k=weight_stride_k,
-        threshold=dropout_threshold(p) if p else 0,
-        dtype=DTYPES[x.dtype],
-        adapter_dtype=DTYPES[lora_a.dtype],
-        threads=torch.get_num_threads(),
-    )
+    weight_stride_n, weight_stride_k = (0, 0) if weight is None else weight.stride()
+    try:
+        _native.cpu().lora_linear(
+            y=y.data_ptr(),
+            xa=xa.data_ptr(),
+            x=x.data_ptr(),
+            weight=address(weight),
+            lora_a=lora_a.data_ptr(),
+            lora_b=lora_b.data_ptr(),
+            bias=address(bias),
+            scaling=scaling.data_ptr(),
+            rng=address(rng),
+            gate=address(gate),
+            packed=address(packed),
+            packed_dx=address(packed_dx),
+            m=m,
+            n=n,
+            k=k,
+            r=r,
+            x_stride_m=x_stride_m,
+            x_stride_k=x_stride_k,
+            weight_stride_n=weight_stride_n,
+            weight_stride_k=weight_stride_k,
+            gate_stride_m=gate_stride_m,
+            packed_bytes=0 if packed is None else packed.numel(),
+            packed_dx_bytes=0 if packed_dx is None else packed_dx.numel(),
+            threshold=dropout_threshold(p) if p else 0,
+            dtype=DTYPES[x.dtype],
+            adapter_dtype=DTYPES[lora_a.dtype],
+            threads=torch.get_num_threads(),
+        )
+    except RuntimeError as error:
+        refuse_packed("lora_linear", error, (packed, packed_dx))
 
 
-@implement("lora_linear_backward", "cpu", unsupported=_cpu_unsupported)
+@implement("lora_linear_backward", "cpu", unsupported=cpu_unsupported)
 def lora_linear_backward(
     dx: torch.Tensor,
     dweight: torch.Tensor,
@@ -90,7 +98,7 @@ def lora_linear_backward(
     dgate: torch.Tensor,
     grad: torch.Tensor,
     x: torch.Tensor | None,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     xa: torch.Tensor | None,
@@ -102,8 +110,8 @@ def lora_linear_backward(
     packed_dx: torch.Tensor | None,
     need: Sequence[bool],
 ) -> None:
-    n, k = weight.shape
-    r = lora_a.shape[0]
+    n, r = lora_b.shape
+    k = lora_a.shape[1]
     m = grad.shape[:-1].numel()
     if grad.dim() != 2:
         grad = grad.reshape(m, n)
@@ -114,40 +122,58 @@ def lora_linear_backward(
     lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()
     if rng is not None:
         rng = rng.contiguous()
+    gate_stride_m = 0
+    if gate is not None:
+        gate_stride_m = r if gate.dim() > 1 else 0
+        gate = gate.contiguous()
+    if packed is not None:
+        packed = packed.contiguous()
+    if packed_dx is not None:
+        packed_dx = packed_dx.contiguous()
     grad_stride_m, grad_stride_n = grad.stride()
     x_stride_m, x_stride_k = (0, 0) if x is None else x.stride()
-    weight_stride_n, weight_stride_k = weight.stride()
+    weight_stride_n, weight_stride_k = (0, 0) if weight is None else weight.stride()
     # An output that is not needed has no elements: its address is null, and it is not computed.
-    _native.cpu().lora_linear_backward(
-        dx=dx.data_ptr(),
-        dweight=dweight.data_ptr(),
-        dlora_a=dlora_a.data_ptr(),
-        dlora_b=dlora_b.data_ptr(),
-        dbias=dbias.data_ptr(),
-        dscaling=dscaling.data_ptr(),
-        grad=grad.data_ptr(),
-        x=address(x),
-        weight=weight.data_ptr(),
-        lora_a=lora_a.data_ptr(),
-        lora_b=lora_b.data_ptr(),
-        xa=address(xa),
-        scaling=scaling.data_ptr(),
-        rng=address(rng),
-        m=m,
-        n=n,
-        k=k,
-        r=r,
-        grad_stride_m=grad_stride_m,
-        grad_stride_n=grad_stride_n,
-        x_stride_m=x_stride_m,
-        x_stride_k=x_stride_k,
-        weight_stride_n=weight_stride_n,
-        weight_stride_k=weight_stride_k,
-        threshold=dropout_threshold(p) if p else 0,
-        dtype=DTYPES[grad.dtype],
-        adapter_dtype=DTYPES[lora_a.dtype],
-        threads=torch.get_num_threads(),
-    )
+    try:
+        _native.cpu().lora_linear_backward(
+            dx=dx.data_ptr(),
+            dweight=dweight.data_ptr(),
+            dlora_a=dlora_a.data_ptr(),
+            dlora_b=dlora_b.data_ptr(),
+            dbias=dbias.data_ptr(),
+            dscaling=dscaling.data_ptr(),
+            dgate=dgate.data_ptr(),
+            grad=grad.data_ptr(),
+            x=address(x),
+            weight=address(weight),
+            lora_a=lora_a.data_ptr(),
+            lora_b=lora_b.data_ptr(),
+            xa=address(xa),
+            scaling=scaling.data_ptr(),
+            rng=address(rng),
+            gate=address(gate),
+            packed=address(packed),
+            packed_dx=address(packed_dx),
+            m=m,
+            n=n,
+            k=k,
+            r=r,
+            grad_stride_m=grad_stride_m,
+            grad_stride_n=grad_stride_n,
+            x_stride_m=x_stride_m,
+            x_stride_k=x_stride_k,
+            weight_stride_n=weight_stride_n,
+            weight_stride_k=weight_stride_k,
+            gate_stride_m=gate_stride_m,
+            packed_bytes=0 if packed is None else packed.numel(),
+            packed_dx_bytes=0 if packed_dx is None else packed_dx.numel(),
+            threshold=dropout_threshold(p) if p else 0,
+            dtype=DTYPES[grad.dtype],
+            adapter_dtype=DTYPES[lora_a.dtype],
+            threads=torch.get_num_threads(),
+        )
+    except RuntimeError as error:
+        refuse_packed("lora_linear_backward", error, (packed, packed_dx))
 
 
 # -- CUDA ------------------------------------------------------------------------------------------

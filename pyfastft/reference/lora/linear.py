@@ -16,14 +16,21 @@ def rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _base(
-    weight: torch.Tensor | None, packed: torch.Tensor | None, like: torch.Tensor, n: int, k: int
+    weight: torch.Tensor | None,
+    packed: torch.Tensor | None,
+    packed_dx: torch.Tensor | None,
+    like: torch.Tensor,
+    n: int,
+    k: int,
 ) -> torch.Tensor | None:
-    """W, from its packed form where it is only there; None where there is no base product."""
-    if weight is not None or packed is None:
+    """W, from a packed form where it is only there; None where there is no base product."""
+    if weight is not None:
         return weight
     from pyfastft.native import _packing
 
-    return _packing.unpack(packed, n, k, like.dtype)
+    if packed is not None:
+        return _packing.unpack(packed, n, k, like.dtype)
+    return None if packed_dx is None else _packing.unpack(packed_dx, k, n, like.dtype).T
 
 
 @implement("lora_linear", "reference")
@@ -44,7 +51,7 @@ def lora_linear(
 ) -> None:
     """y = x W^T + b + s * ((x_hat A^T) * g) B^T."""
     x2 = rows(x)
-    weight = _base(weight, packed, x, lora_b.shape[0], lora_a.shape[1])
+    weight = _base(weight, packed, packed_dx, x, lora_b.shape[0], lora_a.shape[1])
     s = dropout(x2, p, rng).to(lora_a.dtype) @ lora_a.T
     u = s if gate is None else s * rows(gate)
     result = u @ lora_b.T * scaling.reshape(())
@@ -93,10 +100,7 @@ def lora_linear_backward(
     if need[0]:
         # The mask is symmetric: the gradient through dropout is dropout of the gradient.
         result = dropout(s * v @ lora_a, p, rng)
-        weight = _base(weight, packed, grad, lora_b.shape[0], lora_a.shape[1])
-        if weight is None:
-            transposed = _base(None, packed_dx, grad, lora_a.shape[1], lora_b.shape[0])
-            weight = None if transposed is None else transposed.T
+        weight = _base(weight, packed, packed_dx, grad, lora_b.shape[0], lora_a.shape[1])
         if weight is not None:
             result = dy @ weight + result
         dx.copy_(result.view_as(dx))
