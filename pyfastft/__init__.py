@@ -3,8 +3,8 @@
 from pyfastft import autograd, functional, nn
 from pyfastft._op import Explanation, backend, explain
 from pyfastft.config import LoRA
-from pyfastft.conversion import Report, convert, merge, revert, unmerge
-from pyfastft.formats.peft import load_adapter, save_adapter
+from pyfastft.conversion import Report, convert, merge, pack, revert, unmerge, unpack
+from pyfastft.formats.peft import hotswap_adapter, load_adapter, save_adapter
 from pyfastft.functional import lora_linear
 
 __version__ = "0.1.0"
@@ -18,11 +18,14 @@ __all__ = [
     "convert",
     "explain",
     "functional",
+    "hotswap_adapter",
     "load_adapter",
     "lora_linear",
     "merge",
     "nn",
+    "pack",
     "revert",
     "save_adapter",
     "unmerge",
+    "unpack",
 ]

@@ -13,7 +13,9 @@ from torch import nn
 
 from pyfastft._report import leaf
 from pyfastft.config import ALL_LINEAR, LoRA
-from pyfastft.nn.lora import LoRALinear, is_conv1d, why_not
+from pyfastft.nn._adapters import why_not
+from pyfastft.nn._layer import LoRALayer
+from pyfastft.nn.lora import is_conv1d
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def selects_exactly(config: LoRA, model: nn.Module, names: Collection[str]) -> b
 
 
 def _without_adapter(module: nn.Module) -> nn.Module:
-    return module.base if isinstance(module, LoRALinear) else module
+    return module.base if isinstance(module, LoRALayer) else module
 
 
 def _is_linear(module: nn.Module) -> bool:

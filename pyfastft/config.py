@@ -21,7 +21,9 @@ _DTYPES = ("float32", "base")
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
-    r"""Low-rank adapters on linear layers: :math:`W x + s B A x`, with PEFT's semantics.
+    r"""Low-rank adapters: :math:`W x + s B A x`, with PEFT's semantics.
+
+    On linear layers, convolutions and embeddings.
 
     :math:`s` is alpha / r, or alpha / sqrt(r) with ``use_rslora``.
 
@@ -41,7 +43,7 @@ class LoRA:
         use_rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732).
         bias: which biases of the base model train: ``"none"``, ``"all"``, or ``"lora_only"``,
             those of the converted layers.
-        lora_bias: give B a bias of its own.
+        lora_bias: give B a bias of its own; not on embeddings.
         init: ``"kaiming"``, A uniform as nn.Linear's and B zero; ``"gaussian"``, A normal with
             deviation 1 / r and B zero; ``"random"``, both as nn.Linear's, so that the converted
             model differs from the base at once.

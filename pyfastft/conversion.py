@@ -11,9 +11,11 @@ from torch import nn
 from pyfastft._report import Report, report
 from pyfastft._targets import Plan, plan
 from pyfastft.config import LoRA
+from pyfastft.nn._adapters import layer_for
+from pyfastft.nn._layer import LoRALayer
 from pyfastft.nn.lora import LoRALinear
 
-__all__ = ["Report", "convert", "merge", "revert", "unmerge"]
+__all__ = ["Report", "convert", "merge", "pack", "revert", "unmerge", "unpack"]
 
 _RECORD = "_pyfastft_conversion"
 
@@ -27,14 +29,15 @@ class Conversion:
 
 
 def convert(model: nn.Module, config: LoRA) -> Report:
-    """Put an adapter on every targeted linear layer, in place, and freeze the rest.
+    """Put an adapter on every targeted layer, in place, and freeze the rest.
 
-    Each layer becomes a :class:`pyfastft.nn.LoRALinear` over its own parameters; a layer that
-    stands in several places is converted once and stays shared. Afterwards only the adapters
+    Each linear layer becomes a :class:`pyfastft.nn.LoRALinear` over its own parameters, each
+    convolution and embedding its like; a layer that stands in several places is converted once
+    and stays shared. Afterwards only the adapters
     train, and the biases that ``config.bias`` names.
 
     Args:
-        model: any module, not itself a linear layer.
+        model: any module, not itself such a layer.
         config: which layers, and how.
 
     Returns:
@@ -53,23 +56,28 @@ def convert(model: nn.Module, config: LoRA) -> Report:
     return report("convert", model, layers, planned.skipped)
 
 
-def build(config: LoRA, planned: Plan) -> dict[str, LoRALinear]:
+def build(config: LoRA, planned: Plan) -> dict[str, LoRALayer]:
     """The new layers by name; the model is as before."""
-    return {
-        name: LoRALinear(
-            module,
-            r=config.rank(name),
-            scale=config.scale(name),
-            dropout=config.dropout,
-            lora_bias=config.lora_bias,
-            init=config.init,
-            adapter_dtype=config.adapter_dtype,
-        )
-        for name, module in planned.modules.items()
-    }
+    layers = {}
+    for name, module in planned.modules.items():
+        kind = layer_for(module)
+        assert kind is not None
+        try:
+            layers[name] = kind(
+                module,
+                r=config.rank(name),
+                scale=config.scale(name),
+                dropout=config.dropout,
+                lora_bias=config.lora_bias,
+                init=config.init,
+                adapter_dtype=config.adapter_dtype,
+            )
+        except ValueError as error:
+            raise ValueError(f"convert: {name}: {error}") from None
+    return layers
 
 
-def install(model: nn.Module, config: LoRA, layers: Mapping[str, LoRALinear]) -> None:
+def install(model: nn.Module, config: LoRA, layers: Mapping[str, LoRALayer]) -> None:
     """Put the layers of :func:`build` into the model, freeze the rest, and remember."""
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(False)
@@ -145,15 +153,61 @@ def unmerge(model: nn.Module) -> Report:
     return report("unmerge", model, merged, {n: "not merged" for n in layers if n not in merged})
 
 
-def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+def pack(model: nn.Module, *, dx: bool = False, replace: bool = False) -> Report:
+    """Pack the frozen weights of a model's adapted linear layers once, so that no call does; on the
+    CPU. See :meth:`pyfastft.nn.LoRALinear.pack`.
+
+    Args:
+        dx: pack them for the gradient of the input, too.
+        replace: keep the packed forms alone; the weights' memory is given back.
+
+    Returns:
+        What was packed, and which adapted layers were not, with the reasons.
+
+    Raises:
+        ValueError: the model has no adapters, or no layer of it can be packed.
+    """
+    packed, skipped = [], {}
+    for name, layer in _expect_adapters(model, "pack").items():
+        if not isinstance(layer, LoRALinear):
+            skipped[name] = "no linear layer"
+        elif why := "the adapter is merged" if layer.merged else layer.why_not_packed():
+            skipped[name] = why
+        else:
+            layer.pack(dx=dx, replace=replace)
+            packed.append(name)
+    if not packed:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
+        raise ValueError(f"pack: expected a layer that can be packed, got none ({reasons})")
+    return report("pack", model, packed, skipped)
+
+
+def unpack(model: nn.Module) -> Report:
+    """Undo :func:`pack`: the plain weights, bit for bit.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    linear = {
+        name: layer
+        for name, layer in _expect_adapters(model, "unpack").items()
+        if isinstance(layer, LoRALinear)
+    }
+    packed = [name for name, layer in linear.items() if layer.packed]
+    for layer in linear.values():
+        layer.unpack()
+    return report("unpack", model, packed, {n: "not packed" for n in linear if n not in packed})
+
+
+def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
     """The model's adapted layers by name."""
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LoRALayer):
             yield name, module
 
 
 def biases(
-    model: nn.Module, config: LoRA, layers: Mapping[str, LoRALinear]
+    model: nn.Module, config: LoRA, layers: Mapping[str, LoRALayer]
 ) -> dict[str, nn.Parameter]:
     """The biases of the base model that the config lets train, by name."""
     if config.bias == "none":
@@ -188,14 +242,14 @@ def remember(model: nn.Module, config: LoRA) -> None:
     setattr(model, _RECORD, dataclasses.replace(record, config=config))
 
 
-def _expect_adapters(model: nn.Module, caller: str) -> dict[str, LoRALinear]:
+def _expect_adapters(model: nn.Module, caller: str) -> dict[str, LoRALayer]:
     layers = dict(adapters(model))
     if not layers:
         raise ValueError(f"{caller}: expected a model with adapters, got none")
     return layers
 
 
-def _expect_untied(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
+def _expect_untied(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for owner, module in model.named_modules():
         for parameter in module.parameters(recurse=False):

@@ -130,7 +130,8 @@ def test_what_is_asked_for_and_skipped_has_a_reason() -> None:
     )
     skipped = ft.convert(model, ft.LoRA(targets=r"(?!body\.layers\.1).+", exclude=["head"])).skipped
     assert skipped["body.head"] == "excluded"
-    assert skipped["body.embed"] == "Embedding is neither nn.Linear nor Conv1D"
+    kinds = "no linear layer, convolution or embedding"
+    assert skipped["body.layers.0.norm"] == f"LayerNorm is {kinds}"
     assert "does not call it" in skipped["attention.out_proj"]
     assert "in inference" in skipped["encoder.linear1"]
     assert isinstance(model["body"].layers[0].q_proj, ft.nn.LoRALinear)
@@ -185,7 +186,7 @@ def test_biases(bias, expected) -> None:
         (["q_prj"], "'q_prj'; did you mean 'q_proj'.*q_proj \\(3\\), v_proj \\(3\\), head \\(1\\)"),
         (["q_proj", "nothing like it"], "got 'nothing like it'; its most common linear layers"),
         (r"layers\.7\..*", "expected targets of names in the model"),
-        (["embed"], "got none among 1 matches \\(embed: Embedding is neither"),
+        (["norm"], "got none among 3 matches \\(layers.0.norm: LayerNorm is no linear layer"),
     ],
 )
 def test_targets_that_match_nothing(targets, message) -> None:

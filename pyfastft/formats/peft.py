@@ -1,8 +1,10 @@
 """Adapters as PEFT's files: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 The tensors are named ``base_model.model.<module>.lora_A.weight`` (R, K), ``.lora_B.weight`` (N, R)
-and, where B has a bias, ``.lora_B.bias`` (N,); a bias of the base that trains is named
-``<module>.base_layer.bias`` where the module has an adapter, and by its own name elsewhere.
+and, where B has a bias, ``.lora_B.bias`` (N,); those of a convolution have its kernel's dimensions
+behind these, and those of an embedding are ``.lora_embedding_A`` and ``.lora_embedding_B``; a bias
+of the base that trains is named ``<module>.base_layer.bias`` where the module has an adapter, and
+by its own name elsewhere.
 """
 
 from __future__ import annotations
@@ -36,9 +38,10 @@ from pyfastft.conversion import (
     is_converted,
     remember,
 )
-from pyfastft.nn.lora import LoRALinear
+from pyfastft.nn._adapters import layer_for
+from pyfastft.nn._layer import LoRALayer
 
-__all__ = ["config_from_peft", "load_adapter", "save_adapter"]
+__all__ = ["config_from_peft", "hotswap_adapter", "load_adapter", "save_adapter"]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -158,7 +161,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
         with _naming(folder / WEIGHTS_FILE):
             _expect_ranks(tensors, config, planned.modules)
         layers, skipped = build(config, planned), planned.skipped
-    parameters = _parameters(inner, config, layers)
+    parameters = _parameters(inner, config, layers) | _saved_embeddings(inner, tensors)
     with _naming(folder / WEIGHTS_FILE):
         _expect_to_fit(tensors, parameters)
 
@@ -171,6 +174,98 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
         layer.scale = config.scale(name)
     remember(inner, config)
     return report("load_adapter", inner, layers, skipped)
+
+
+def hotswap_adapter(
+    model: nn.Module,
+    source: str | os.PathLike[str] | Mapping[str, torch.Tensor],
+    *,
+    config: LoRA | None = None,
+) -> Report:
+    """Give a converted model the values of another adapter in place, so that a compiled model need
+    not be compiled again.
+
+    Ranks below a layer's own are filled up with zeros; convert with the largest rank that will
+    come. Layers that the adapter lacks compute as their base. Everything is checked before
+    anything is changed.
+
+    Args:
+        model: a model that :func:`pyfastft.convert` changed, or a wrapper around one, compiled or
+            not. Its dropout stays.
+        source: the folder of an adapter as :func:`load_adapter` takes it, or its tensors by PEFT's
+            names.
+        config: what gives the scales beside tensors; without it they stay. A folder has its own.
+
+    Returns:
+        Which layers took the adapter's values, and which it lacks.
+
+    Raises:
+        FileNotFoundError: one of the files is missing.
+        ValueError: the model was not converted; an adapter is merged; a layer's rank is smaller
+            than the adapter's; biases train in one and not in the other; or a tensor is missing,
+            left over, of the wrong shape or dtype, or not finite.
+    """
+    inner, conversion = conversion_of(model, "hotswap_adapter")
+    layers = dict(adapters(inner))
+    if isinstance(source, Mapping):
+        where, tensors = Path("tensors"), dict(source)
+    else:
+        if config is not None:
+            raise ValueError("hotswap_adapter: expected no config beside a folder, it has its own")
+        where, tensors = Path(source) / WEIGHTS_FILE, _read_tensors(Path(source) / WEIGHTS_FILE)
+        with _naming(Path(source) / CONFIG_FILE):
+            config = config_from_peft(_read_json(Path(source) / CONFIG_FILE))
+    if config is not None:
+        _expect_same_biases("hotswap_adapter", config, conversion.config)
+    lacking = {}
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"hotswap_adapter: {name} is merged, unmerge first")
+        if not any(f"{_PREFIX}{name}.{suffix}" in tensors for suffix in layer.adapter()):
+            lacking[name] = "not in the adapter, it computes as its base"
+            for suffix, parameter in layer.adapter().items():
+                tensors[f"{_PREFIX}{name}.{suffix}"] = torch.zeros_like(parameter)
+    if len(lacking) == len(layers):
+        raise ValueError(f"{where}: expected tensors of the model's layers, got none")
+    parameters = _parameters(inner, conversion.config, layers)
+    with _naming(where):
+        for name in layers.keys() - lacking.keys():
+            rank = None if config is None else config.rank(name)
+            _fill_rank(tensors, name, layers[name], rank)
+        _expect_to_fit(tensors, parameters)
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(tensors[key])
+    swapped = [name for name in layers if name not in lacking]
+    if config is not None:
+        for name in swapped:
+            layers[name].scale = config.scale(name)
+    return report("hotswap_adapter", inner, swapped, lacking)
+
+
+def _fill_rank(
+    tensors: dict[str, torch.Tensor], name: str, layer: LoRALayer, rank: int | None
+) -> None:
+    """Bring an adapter's A and B to the layer's rank, with zeros."""
+    for side, dim in (("lora_a", 0), ("lora_b", 1)):
+        key = f"{_PREFIX}{name}.{layer.FILE_NAMES[side]}"
+        own = getattr(layer, side)
+        if key not in tensors or tensors[key].dim() != own.dim():
+            continue  # What follows says so.
+        tensor, groups = tensors[key], layer.r // layer.lora_b.shape[1]
+        got = tensor.shape[dim] * (groups if dim else 1)
+        if rank is not None and got != rank:
+            raise ValueError(f"expected {key} of rank {rank}, got {tuple(tensor.shape)}")
+        if got > layer.r:
+            raise ValueError(
+                f"expected {name} of rank {layer.r} at most, got {got}; convert with r={got}"
+            )
+        if got < layer.r:
+            if groups > 1:
+                raise ValueError(f"expected {name}, which has groups, of rank {layer.r}, got {got}")
+            missing = list(tensor.shape)
+            missing[dim] = layer.r - got
+            tensors[key] = torch.cat([tensor, tensor.new_zeros(missing)], dim)
 
 
 def config_from_peft(values: Mapping[str, Any]) -> LoRA:
@@ -210,7 +305,7 @@ def config_from_peft(values: Mapping[str, Any]) -> LoRA:
 
 
 def _config_to_peft(
-    model: nn.Module, config: LoRA, layers: Mapping[str, LoRALinear]
+    model: nn.Module, config: LoRA, layers: Mapping[str, LoRALayer]
 ) -> dict[str, Any]:
     """The config as PEFT's keys, so that PEFT's rules find exactly these layers and scales."""
     ours = config.to_dict()
@@ -231,7 +326,7 @@ def _config_to_peft(
         "task_type": None,
         "base_model_name_or_path": model.__dict__.get("name_or_path") or None,
         "inference_mode": True,
-        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
+        "fan_in_fan_out": any(getattr(layer, "fan_in_fan_out", False) for layer in layers.values()),
         "init_lora_weights": inits[config.init],
         **{key: ours[name] for key, name in _FIELDS.items()},
         "exclude_modules": ours["exclude"] or None,
@@ -247,15 +342,13 @@ def _targets_of(model: nn.Module, names: Collection[str]) -> str | list[str]:
 
 
 def _parameters(
-    model: nn.Module, config: LoRA, layers: Mapping[str, LoRALinear]
+    model: nn.Module, config: LoRA, layers: Mapping[str, LoRALayer]
 ) -> dict[str, nn.Parameter]:
     """What the file holds, by its names there."""
     parameters: dict[str, nn.Parameter] = {}
     for name, layer in layers.items():
-        parameters[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_a
-        parameters[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_b
-        if layer.lora_bias is not None:
-            parameters[f"{_PREFIX}{name}.lora_B.bias"] = layer.lora_bias
+        for suffix, parameter in layer.adapter().items():
+            parameters[f"{_PREFIX}{name}.{suffix}"] = parameter
     for name, bias in biases(model, config, layers).items():
         owner = name.rpartition(".")[0]
         inside = f"{owner}.base_layer.bias" if owner in layers else name
@@ -263,8 +356,23 @@ def _parameters(
     return parameters
 
 
+def _saved_embeddings(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, nn.Parameter]:
+    """The base tables that PEFT writes beside adapters of a transformers model's embeddings."""
+    parameters = {}
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        table = getattr(model, getter, lambda: None)()
+        for name, module in model.named_modules():
+            if module is table:
+                for key in (f"{_PREFIX}{name}.weight", f"{_PREFIX}{name}.base_layer.weight"):
+                    if key in tensors:
+                        parameters[key] = table.weight
+    return parameters
+
+
 def _expect_same_layers(
-    model: nn.Module, config: LoRA, layers: Mapping[str, LoRALinear], current: LoRA
+    model: nn.Module, config: LoRA, layers: Mapping[str, LoRALayer], current: LoRA
 ) -> None:
     wanted = plan(model, config, strict=False).modules
     if differing := sorted(wanted.keys() ^ layers.keys()):
@@ -279,20 +387,26 @@ def _expect_same_layers(
             raise ValueError(
                 f"load_adapter: expected rank {layer.r} of {name}, got {config.rank(name)}"
             )
+    _expect_same_biases("load_adapter", config, current)
+
+
+def _expect_same_biases(caller: str, config: LoRA, current: LoRA) -> None:
     for option in ("bias", "lora_bias"):
         if getattr(config, option) != getattr(current, option):
             raise ValueError(
-                f"load_adapter: expected {option} of {getattr(current, option)!r} as the model "
+                f"{caller}: expected {option} of {getattr(current, option)!r} as the model "
                 f"was converted, got {getattr(config, option)!r}"
             )
 
 
 def _expect_ranks(
-    tensors: Mapping[str, torch.Tensor], config: LoRA, names: Collection[str]
+    tensors: Mapping[str, torch.Tensor], config: LoRA, modules: Mapping[str, nn.Module]
 ) -> None:
     """A rank that no tensor has is refused before anything of its size is allocated."""
-    for name in names:
-        key = f"{_PREFIX}{name}.lora_A.weight"
+    for name, module in modules.items():
+        kind = layer_for(module)
+        assert kind is not None
+        key = f"{_PREFIX}{name}.{kind.FILE_NAMES['lora_a']}"
         if key not in tensors:
             raise ValueError(f"expected a tensor for every layer, none for {key}")
         if tensors[key].shape[:1] != (config.rank(name),):

@@ -1,6 +1,8 @@
 """The ops as functions: defaults filled in, and only what users want returned."""
 
+from pyfastft.functional.conv import lora_conv
 from pyfastft.functional.dora import dora_linear, dora_norm, scale_columns
+from pyfastft.functional.embedding import lora_embedding
 from pyfastft.functional.linear import lora_linear, pack_weight, unpack_weight
 from pyfastft.functional.several import lora_adapters, lora_projections
 from pyfastft.functional.sums import abs_row_sums
@@ -10,6 +12,8 @@ __all__ = [
     "dora_linear",
     "dora_norm",
     "lora_adapters",
+    "lora_conv",
+    "lora_embedding",
     "lora_linear",
     "lora_projections",
     "pack_weight",

@@ -1,5 +1,15 @@
 """Layers that stand in for those of a pretrained model."""
 
-from pyfastft.nn.lora import LoRALinear, disable_adapters
+from pyfastft.nn._adapters import disable_adapters
+from pyfastft.nn.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
+from pyfastft.nn.embedding import LoRAEmbedding
+from pyfastft.nn.lora import LoRALinear
 
-__all__ = ["LoRALinear", "disable_adapters"]
+__all__ = [
+    "LoRAConv1d",
+    "LoRAConv2d",
+    "LoRAConv3d",
+    "LoRAEmbedding",
+    "LoRALinear",
+    "disable_adapters",
+]

@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
+import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from pyfastft._check import FLOATS, name_of
-from pyfastft.functional import lora_linear
+from pyfastft import _native
+from pyfastft._check import name_of
+from pyfastft.functional import lora_linear, pack_weight, unpack_weight
+from pyfastft.nn._layer import LoRALayer
 
-__all__ = ["LoRALinear", "disable_adapters"]
-
-# Shared with the base layer, so that handles of hooks registered before still remove them.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
+__all__ = ["LoRALinear"]
 
 
-class LoRALinear(nn.Module):
+@dataclasses.dataclass
+class Packing:
+    """How a layer's weight is packed, and what it was made of."""
+
+    dx: bool
+    replace: bool
+    packed: torch.Tensor | None = None
+    packed_dx: torch.Tensor | None = None
+    weight: nn.Parameter | None = None
+    version: int = -1
+
+    def is_of(self, weight: nn.Parameter) -> bool:
+        """Whether the packed forms hold this weight as it is now."""
+        return self.weight is weight and self.version == weight._version
+
+    def forget(self) -> None:
+        """Drop the packed forms; how to pack is kept."""
+        self.packed = self.packed_dx = self.weight = None
+
+
+class LoRALinear(LoRALayer):
     r"""``nn.Linear`` or transformers' ``Conv1D`` with a low-rank adapter.
 
     .. math:: y = x W^T + b + s \cdot (\mathrm{dropout}_p(x) A^T B^T + b_{lora})
@@ -55,79 +64,40 @@ class LoRALinear(nn.Module):
         RuntimeError: a training forward while the adapter is merged.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    lora_bias: nn.Parameter | None
-    scaling: torch.Tensor
+    def __init__(self, base: nn.Module, **options: Any) -> None:
+        self._packing: Packing | None = None
+        super().__init__(base, **options)
 
-    def __init__(
-        self,
-        base: nn.Module,
-        *,
-        r: int,
-        scale: float,
-        dropout: float = 0.0,
-        lora_bias: bool = False,
-        init: str = "kaiming",
-        adapter_dtype: str = "float32",
-    ) -> None:
-        super().__init__()
-        why = why_not(base)
-        if why is not None:
-            raise TypeError(f"LoRALinear: expected base of type nn.Linear or Conv1D, {why}")
-        # Not a submodule: its parameters would appear a second time, under other names.
-        self.__dict__["_base"] = base
-        self.fan_in_fan_out = is_conv1d(base)
-        self.register_parameter("weight", base._parameters["weight"])
-        self.register_parameter("bias", base._parameters["bias"])
+    @classmethod
+    def kinds(cls) -> tuple[type[nn.Module], ...]:
+        """``nn.Linear``, and Conv1D where transformers is loaded."""
+        conv1d = _conv1d()
+        return (nn.Linear,) if conv1d is None else (nn.Linear, conv1d)
+
+    def _shapes(self, lora_bias: bool) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+        self.fan_in_fan_out = is_conv1d(self.base)
         n, k = self.weight.T.shape if self.fan_in_fan_out else self.weight.shape
-        self.in_features, self.out_features, self.r = k, n, r
-        self.dropout = dropout
-        self.init = init
+        self.in_features, self.out_features = k, n
+        return (self.r, k), (n, self.r), n
 
-        dtype, device = self.weight.dtype, self.weight.device
-        if adapter_dtype == "float32":
-            dtype = torch.promote_types(dtype, torch.float32)
-        self.lora_a = nn.Parameter(torch.empty(r, k, dtype=dtype, device=device))
-        self.lora_b = nn.Parameter(torch.empty(n, r, dtype=dtype, device=device))
-        bias = nn.Parameter(torch.empty(n, dtype=dtype, device=device)) if lora_bias else None
-        self.register_parameter("lora_bias", bias)
-        self.reset_parameters()
+    def _delta(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (b @ a).T if self.fan_in_fan_out else b @ a
 
-        # A tensor, so that a compiled model need not be compiled again for another scale.
-        self.register_buffer("scaling", None, persistent=False)
-        self._scale = float(scale)
-        self._rebuild_scaling()
-        self.enabled = True
-        self._original: dict[str, torch.Tensor] | None = None
-        for name in _HOOKS:
-            self.__dict__[name] = base.__dict__[name]
-        self.train(base.training)
+    def _plain(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self._plain_weight()
+        return nn.functional.linear(x, weight.T if self.fan_in_fan_out else weight, self.bias)
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Initialise the adapter anew; the base's parameters stay."""
-        if self.init == "gaussian":
-            nn.init.normal_(self.lora_a, std=1 / self.r)
-        else:
-            nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
-        if self.init == "random":
-            nn.init.kaiming_uniform_(self.lora_b, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(self.lora_b)
-        if self.lora_bias is not None:
-            bound = 1 / math.sqrt(self.r) if self.init == "random" else 0.0
-            nn.init.uniform_(self.lora_bias, -bound, bound)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.T if self.fan_in_fan_out else self.weight
-        if self.merged or not self.enabled:
-            if self.merged and self.training and torch.is_grad_enabled():
-                raise RuntimeError(
-                    "LoRALinear: the adapter is merged into the weight and cannot train, "
-                    "call unmerge() before training or eval() before inference"
-                )
-            return nn.functional.linear(x, weight, self.bias)
+    def _adapted(self, x: torch.Tensor, p: float) -> torch.Tensor:
+        packed = packed_dx = None
+        weight: torch.Tensor | None = self.weight
+        if self._packing is not None:
+            if self._may_use_packed(x):
+                packed, packed_dx = self._packing.packed, self._packing.packed_dx
+                weight = None if self._packing.replace else weight
+            else:
+                weight = self._plain_weight()
+        if self.fan_in_fan_out and weight is not None:
+            weight = weight.T
         return lora_linear(
             x,
             weight,
@@ -135,135 +105,173 @@ class LoRALinear(nn.Module):
             self.lora_b,
             bias=self._whole_bias(),
             scaling=self.scaling,
-            p=self.dropout if self.training else 0.0,
+            p=p,
+            packed=packed,
+            packed_dx=packed_dx,
         )
 
-    def _whole_bias(self) -> torch.Tensor | None:
-        """b + s * b_lora, rounded once to the base's dtype."""
-        if self.lora_bias is None:
-            return self.bias
-        update = self.scaling * self.lora_bias
-        return (update if self.bias is None else self.bias + update).to(self.weight.dtype)
-
-    @property
-    def base(self) -> nn.Module:
-        """The layer that this one stands in for."""
-        return self.__dict__["_base"]
-
-    @property
-    def merged(self) -> bool:
-        """Whether ``weight`` holds the adapter too."""
-        return self._original is not None
-
-    @property
-    def scale(self) -> float:
-        """s. Setting it changes ``scaling`` in place."""
-        return self._scale
-
-    @scale.setter
-    def scale(self, value: float) -> None:
-        if self.merged:
-            raise RuntimeError("LoRALinear: the adapter is merged, unmerge() before a new scale")
-        self._scale = float(value)
-        self.scaling.fill_(self._scale)
+    # -- the weight packed once --------------------------------------------------------------------
 
     @torch.no_grad()
-    def merge(self, *, safe: bool = False) -> None:
-        """Add the adapter to the weight: computed in float32 (float64) and rounded once.
+    def pack(self, *, dx: bool = False, replace: bool = False) -> None:
+        """Pack the frozen weight once, so that no call packs it again; on the CPU.
 
-        A copy of the original stays in CPU memory until :meth:`unmerge`. Merging twice is merging
-        once. While merged, the state dict holds the merged weight, and none can be loaded.
+        A weight that was changed since is packed again by the next call, unless it was changed
+        through ``.data``, which leaves no trace. Under ``torch.compile`` that is not looked at:
+        pack again after changing the weight. Under autocast to another
+        dtype the packed forms are not used. Moving the layer or changing its dtype packs again
+        where that can be done, and ends it elsewhere.
 
         Args:
-            safe: raise ValueError, and change nothing, where the result is not finite.
+            dx: pack it for the gradient of the input, too; as much memory again.
+            replace: keep the packed form alone. ``weight`` then is on the meta device, of its
+                shape and dtype, and the state dict, merging, :meth:`restore` and :meth:`unpack`
+                take it from the packed form, bit for bit. A pickle of the layer (not of its state
+                dict) is for machines of the same instruction set.
+
+        Raises:
+            ValueError: the weight trains, is not on the CPU, is of a dtype that is not packed, or
+                holds the adapter; or there is no CPU extension.
+        """
+        why = "the adapter is merged" if self.merged else self.why_not_packed()
+        if why is not None:
+            raise ValueError(f"LoRALinear: expected a weight that can be packed, {why}")
+        self.unpack()
+        self._packing = Packing(dx, replace)
+        self._pack_again()
+
+    def unpack(self) -> None:
+        """Undo :meth:`pack`: the plain weight, bit for bit. Does nothing where none is packed."""
+        self._bring_back()
+        self._packing = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether :meth:`pack` was called."""
+        return self._packing is not None
+
+    def why_not_packed(self) -> str | None:
+        """Why the weight cannot be packed; None where it can."""
+        if self.weight.requires_grad:
+            return "it trains"
+        if self.weight.device.type != "cpu" and not self._is_replaced():
+            return f"it is on {self.weight.device}"
+        if self.weight.dtype not in _native.DTYPES:
+            return f"it is of dtype {name_of(self.weight.dtype)}"
+        return _native.why_no_cpu()
+
+    def _is_replaced(self) -> bool:
+        return self._packing is not None and self._packing.replace and self.weight.is_meta
+
+    @torch.no_grad()
+    def _pack_again(self) -> None:
+        packing = self._packing
+        assert packing is not None
+        weight = self.weight.T if self.fan_in_fan_out else self.weight
+        packing.packed = pack_weight(weight)
+        packing.packed_dx = pack_weight(weight, transposed=True) if packing.dx else None
+        if packing.replace:
+            self.take_over()
+            meta = torch.empty_like(self.weight, device="meta")
+            self._parameters["weight"] = nn.Parameter(meta, requires_grad=False)
+        packing.weight, packing.version = self.weight, self.weight._version
+
+    def _bring_back(self) -> None:
+        """Put the plain weight in its place where it was replaced."""
+        if self._is_replaced():
+            assert self._packing is not None
+            plain = self._plain_weight()
+            self._parameters["weight"] = nn.Parameter(plain, requires_grad=False)
+            self._packing.forget()
+
+    def _plain_weight(self) -> torch.Tensor:
+        if not self._is_replaced():
+            return self.weight
+        assert self._packing is not None
+        assert self._packing.packed is not None
+        n, k = self.out_features, self.in_features
+        plain = unpack_weight(self._packing.packed, n, k, self.weight.dtype)
+        return plain.T.contiguous() if self.fan_in_fan_out else plain
+
+    def _may_use_packed(self, x: torch.Tensor) -> bool:
+        """Whether the packed forms serve this call; packs again what is out of date."""
+        assert self._packing is not None
+        kind, dtype = x.device.type, x.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        if kind != "cpu" or dtype is not self.weight.dtype:
+            return False
+        if self._packing.replace or torch.compiler.is_compiling():
+            return self._packing.packed is not None
+        if not self._packing.is_of(self.weight):
+            self._packing.forget()
+            if self.why_not_packed() is not None:
+                return False
+            self._pack_again()
+        return not self.weight.requires_grad
+
+    def merge(self, *, safe: bool = False) -> None:
+        """Add the adapter to the weight, see :meth:`LoRALayer.merge`.
+
+        A weight that :meth:`pack` replaced is there again until :meth:`unmerge`.
         """
         if self.merged:
             return
-        if self.lora_bias is not None and self.bias is None:
-            raise ValueError("LoRALinear: a base without a bias cannot hold the adapter's bias")
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        weight = self.weight.T if self.fan_in_fan_out else self.weight
-        a, b = self.lora_a.to(wide), self.lora_b.to(wide)
-        merged = {"weight": torch.addmm(weight.to(wide), b, a, alpha=self._scale)}
-        if self.fan_in_fan_out:
-            merged["weight"] = merged["weight"].T
-        if self.lora_bias is not None:
-            assert self.bias is not None
-            merged["bias"] = self.bias.to(wide) + self._scale * self.lora_bias.to(wide)
-        merged = {name: value.to(self.weight.dtype) for name, value in merged.items()}
-        for name, value in merged.items():
-            if safe and not torch.isfinite(value).all():
-                raise ValueError(f"LoRALinear: the merged {name} is not finite")
-        self._original = {name: getattr(self, name).to("cpu", copy=True) for name in merged}
-        for name, value in merged.items():
-            getattr(self, name).copy_(value)
+        self._bring_back()
+        try:
+            super().merge(safe=safe)
+        finally:
+            if not self.merged:
+                self._replace_again()
 
-    @torch.no_grad()
     def unmerge(self) -> None:
         """Put the original weight back, bit for bit. Does nothing where none is merged."""
-        for name, value in (self._original or {}).items():
-            getattr(self, name).copy_(value)
-        self._original = None
-
-    def take_over(self) -> None:
-        """Leave the base no parameters of its own until :meth:`restore`, only a view of these.
-
-        What replaces parameters (a move from the meta device, sharding) then reaches both, and
-        nothing keeps the replaced ones alive.
-        """
-        self.base.__dict__["_parameters"] = self._parameters
+        super().unmerge()
+        self._replace_again()
 
     def restore(self) -> nn.Module:
         """The base layer, with the parameters as they are now; the adapter is left out."""
-        self.unmerge()
-        kept = {name: self._parameters[name] for name in ("weight", "bias")}
-        self.base.__dict__["_parameters"] = kept
-        return self.base.train(self.training)
+        self.unpack()
+        return super().restore()
 
-    def _rebuild_scaling(self) -> None:
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        self.scaling = torch.full((), self._scale, dtype=dtype, device=self.weight.device)
+    def _replace_again(self) -> None:
+        if self._packing is None or not self._packing.replace or self._is_replaced():
+            return
+        if self.why_not_packed() is None:
+            self._pack_again()
+        else:
+            self._packing = None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        self._bring_back()
         super()._apply(fn, recurse)
-        # half() and its like mean the parameters; to_empty() leaves no value.
-        self._rebuild_scaling()
+        if self._packing is not None:
+            # The same Parameter may hold other data now, and its version be the same.
+            self._packing.forget()
+            if self.why_not_packed() is not None:
+                self._packing = None
+            elif not self.merged:
+                self._replace_again()
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._is_replaced():
+            destination[f"{prefix}weight"] = self._plain_weight()
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: Any
     ) -> None:
-        if self.merged and any(key.startswith(prefix) for key in state_dict):
-            lists[-1].append(f"{prefix}weight: the adapter is merged, unmerge() before loading")
-            return
+        self._bring_back()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        if not self.merged:
+            self._replace_again()
 
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, r={self.r}, scale={self._scale:g}, "
-            f"dropout={self.dropout:g}, merged={self.merged}"
-        )
-
-
-@contextlib.contextmanager
-def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Within the context every :class:`LoRALinear` of the model computes as its base does.
-
-    Merged adapters are unmerged meanwhile.
-    """
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    before = [(layer, layer.enabled, layer.merged) for layer in layers]
-    try:
-        for layer in layers:
-            layer.unmerge()
-            layer.enabled = False
-        yield
-    finally:
-        for layer, enabled, merged in before:
-            layer.enabled = enabled
-            if merged:
-                layer.merge()
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if self._packing is not None and not self._is_replaced():
+            state["_packing"] = Packing(self._packing.dx, self._packing.replace)
+        return state
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -276,19 +284,3 @@ def _conv1d() -> type[nn.Module] | None:
     # Without transformers loaded there is none of them.
     transformers = sys.modules.get("transformers.pytorch_utils")
     return getattr(transformers, "Conv1D", None)
-
-
-def why_not(module: nn.Module) -> str | None:
-    """Why :class:`LoRALinear` cannot stand in for this module; None where it can."""
-    kind = type(module)
-    known = next((k for k in (nn.Linear, _conv1d()) if k and isinstance(module, k)), None)
-    if known is None:
-        return f"{kind.__name__} is neither nn.Linear nor Conv1D"
-    if kind.forward is not known.forward or "forward" in vars(module):
-        return f"{kind.__name__} has a forward of its own"
-    weight = module._parameters.get("weight")
-    if type(weight) is not nn.Parameter:
-        return f"its weight is no plain Parameter but {type(module.weight).__name__}"
-    if weight.dtype not in FLOATS:
-        return f"its weight is of dtype {name_of(weight.dtype)}"
-    return None

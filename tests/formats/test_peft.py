@@ -172,11 +172,11 @@ def test_a_scale_that_was_set_is_saved(tmp_path: Path) -> None:
 
 
 def test_names_that_end_like_others_and_skipped_layers(tmp_path: Path) -> None:
-    """PEFT's rules would also take ``body.lin`` and the embedding for the saved names."""
-    base = nn.ModuleDict({"lin": nn.Linear(4, 4), "body": nn.Module(), "emb": nn.Embedding(4, 4)})
+    """PEFT's rules would also take ``body.lin`` and the norm for the saved names."""
+    base = nn.ModuleDict({"lin": nn.Linear(4, 4), "body": nn.Module(), "norm": nn.LayerNorm(4)})
     base["body"].lin = nn.Linear(4, 4)
     model = copy.deepcopy(base)
-    ft.convert(model, ft.LoRA(targets=["lin", "emb"], exclude=["body.lin"], init="random"))
+    ft.convert(model, ft.LoRA(targets=["lin", "norm"], exclude=["body.lin"], init="random"))
     ft.save_adapter(model, tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written["target_modules"] == "lin"

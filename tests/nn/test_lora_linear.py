@@ -312,7 +312,7 @@ class Doubled(nn.Linear):
 @pytest.mark.parametrize(
     ("base", "reason"),
     [
-        (nn.Embedding(3, 4), "Embedding is neither nn.Linear nor Conv1D"),
+        (nn.Embedding(3, 4), "Embedding is no nn.Linear or Conv1D"),
         (Doubled(3, 4), "Doubled has a forward of its own"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), "no plain Parameter"),
         (nn.LazyLinear(4), "UninitializedParameter"),

@@ -136,8 +136,10 @@ def test_a_nan_under_the_mask_does_not_leak(name: str) -> None:
     dropped = torch.where(keep, x, torch.nan)
     scaling = torch.ones(())
     with ft.backend(name):
-        clean = lora_linear(x, weight, lora_a, lora_b, None, scaling, 0.5, rng)[1]
-        poisoned = lora_linear(dropped, weight, lora_a, lora_b, None, scaling, 0.5, rng)[1]
+        clean = lora_linear(x, weight, lora_a, lora_b, None, scaling, 0.5, rng, None, None, None)[1]
+        poisoned = lora_linear(
+            dropped, weight, lora_a, lora_b, None, scaling, 0.5, rng, None, None, None
+        )[1]
     assert_exact(poisoned, clean)
 
 

@@ -1,0 +1,193 @@
+"""Convolutions with a low-rank update: A convolves as the base does, B is pointwise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from pyfastft._check import FLOATS, expect_dense, expect_dtype, expect_shape, name_of, reject
+from pyfastft._random import dropout_threshold
+from pyfastft.functional._arguments import as_scaling
+from pyfastft.functional.linear import lora_linear
+from pyfastft.ops.lora._operands import wide
+
+_CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the weight's dimensions
+
+
+def lora_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    scaling: float | torch.Tensor = 1.0,
+    p: float = 0.0,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+) -> torch.Tensor:
+    r"""A convolution of one, two or three dimensions with a low-rank update.
+
+    .. math:: y = x * W + b + s \cdot B\, (\mathrm{dropout}_p(x) * A)
+
+    A has W's kernel and moves as W does, by stride, padding, dilation and padding mode; B is a
+    convolution of kernel 1. With groups, A sees all channels and B is grouped: outputs of group g
+    come from the ranks of group g.
+
+    Args:
+        x: input of shape (..., K, \*size), with or without a batch dimension.
+        weight: W of shape (N, K / groups, \*kernel), of x's dtype; its dimensions say which
+            convolution it is.
+        lora_a: A of shape (R, K, \*kernel), of x's dtype, or float32 beside a half-precision base.
+        lora_b: B of shape (N, R / groups), or with ones behind it as a kernel; of A's dtype.
+        bias: b of shape (N,), of x's dtype.
+        scaling: s; a tensor of one element can change without recompilation.
+        p: dropout probability of the low-rank path's input; the mask is drawn from torch's
+            generator.
+        stride, padding, dilation, groups: as of :func:`torch.nn.functional.conv2d`.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+
+    Returns:
+        y of x's dtype and of the shape that the convolution with W gives.
+
+    Raises:
+        ValueError: a shape, device, probability or padding mode does not fit; what torch's
+            convolution refuses, stride and padding among it, is a RuntimeError of torch's.
+        TypeError: a dtype does not fit, or an argument is not a dense tensor.
+
+    Note:
+        A kernel of 1 without groups runs as :func:`lora_linear` over the channels; others as
+        torch's convolutions and a product that adds the update, see ``ops/lora.md``.
+
+    Reference:
+        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"; its convolution as
+        PEFT has it, with the dilation and padding mode that PEFT's A lacks.
+    """
+    _expect_operands(x, weight, lora_a, lora_b, bias, p, groups, padding_mode)
+    dims = weight.dim() - 2
+    if weight.shape[2:].numel() == 1 and groups == 1 and not any(_sides(padding, 1, [1] * dims)):
+        return _pointwise(x, weight, lora_a, lora_b, bias, scaling, p, stride)
+    convolve: Any = _CONVOLUTIONS[dims + 2]
+    dropped = F.dropout(x, p) if dropout_threshold(p) else x
+    if padding_mode != "zeros":
+        sides = _sides(padding, dilation, weight.shape[2:])
+        same = dropped is x
+        x = F.pad(x, sides, mode=padding_mode)
+        dropped = x if same else F.pad(dropped, sides, mode=padding_mode)
+        padding = 0
+    place = (stride, padding, dilation)
+    y = convolve(x, weight, bias, *place, groups)
+    s = convolve(dropped.to(lora_a.dtype), lora_a, None, *place)
+    b = lora_b.flatten(1) * as_scaling(scaling, x).to(lora_b.dtype)
+    return _add_update(y, s, b, groups, dims)
+
+
+def _pointwise(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float | torch.Tensor,
+    p: float,
+    stride: int | Sequence[int],
+) -> torch.Tensor:
+    """lora_linear over the channels, in the memory format that torch's convolution returns."""
+    dims = weight.dim() - 2
+    channels_last = not x.is_contiguous() and x.movedim(-dims - 1, -1).is_contiguous()
+    strides = [stride] * dims if isinstance(stride, int) else stride
+    for dim, step in enumerate(strides, -dims):
+        x = x if step == 1 else x.movedim(dim, 0)[::step].movedim(0, dim)
+    factors = (weight.flatten(1), lora_a.flatten(1), lora_b.flatten(1))
+    rows = x.movedim(-dims - 1, -1)
+    y = lora_linear(rows, *factors, bias=bias, scaling=scaling, p=p).movedim(-1, -dims - 1)
+    return y if channels_last else y.contiguous()
+
+
+def _add_update(
+    y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, groups: int, dims: int
+) -> torch.Tensor:
+    """y + B S, group by group; y (..., N, *size), S (..., R, *size), B (N, R / groups).
+
+    The batched product adds while it multiplies; the CPU's of half precision is slower than a
+    convolution and a sum.
+    """
+    half_on_cpu = y.device.type == "cpu" and y.element_size() < 4
+    if y.dtype is not s.dtype or not y.is_contiguous() or half_on_cpu:
+        kernel = b.view(*b.shape, *(1,) * dims)
+        return (y + _CONVOLUTIONS[dims + 2](s, kernel, groups=groups)).to(y.dtype)
+    n, r = b.shape
+    size = y.shape[-dims:].numel()
+    leading = y.shape[: -dims - 1]
+    b = b.view(groups, n // groups, r).expand(*leading, -1, -1, -1).flatten(0, -3)
+    update = s.reshape(b.shape[0], r, size)
+    return torch.baddbmm(y.view(b.shape[0], n // groups, size), b, update).view(y.shape)
+
+
+def _sides(
+    padding: int | str | Sequence[int], dilation: int | Sequence[int], kernel: Sequence[int]
+) -> list[int]:
+    """What F.pad takes: left and right of every dimension, the last first."""
+    dims = len(kernel)
+    dilations = [dilation] * dims if isinstance(dilation, int) else list(dilation)
+    if padding == "valid":
+        padding = 0
+    sides: list[int] = []
+    for i in reversed(range(dims)):
+        if padding == "same":
+            total = dilations[i] * (kernel[i] - 1)
+            sides += [total // 2, total - total // 2]
+        elif isinstance(padding, str):
+            reject("lora_conv", "padding", "'same', 'valid' or sizes", repr(padding))
+        else:
+            sides += [padding if isinstance(padding, int) else padding[i]] * 2
+    return sides
+
+
+def _expect_operands(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    bias: torch.Tensor | None,
+    p: float,
+    groups: int,
+    padding_mode: str,
+) -> None:
+    op = "lora_conv"
+    expect_dense(op, None, x=x)
+    expect_dense(op, x.device, weight=weight, lora_a=lora_a, lora_b=lora_b)
+    if weight.dim() not in _CONVOLUTIONS:
+        reject(op, "weight", "shape (N, K / groups, *kernel)", tuple(weight.shape))
+    if groups < 1 or weight.shape[0] % groups:
+        reject(op, "groups", f"a divisor of {weight.shape[0]}", groups)
+    n, k, kernel = weight.shape[0], weight.shape[1] * groups, weight.shape[2:]
+    if x.dim() not in (weight.dim() - 1, weight.dim()):
+        reject(op, "x", f"shape (..., {k}, *size)", tuple(x.shape), because="to match weight")
+    if lora_a.dim() != weight.dim() or lora_a.shape[1:] != (k, *kernel):
+        expect_shape(op, "lora_a", lora_a, ("R", k, *kernel), "to match weight")
+    r = lora_a.shape[0]
+    if r < 1 or r % groups:
+        reject(op, "lora_a", f"a rank of at least 1 and a multiple of groups = {groups}", r)
+    if lora_b.dim() < 2 or lora_b.shape != (n, r // groups, *(1,) * (lora_b.dim() - 2)):
+        expect_shape(op, "lora_b", lora_b, (n, r // groups), "to match weight and lora_a")
+    if not torch.is_autocast_enabled(x.device.type):
+        expect_dtype(op, "x", x, FLOATS)
+        expect_dtype(op, "weight", weight, (x.dtype,), "to match x")
+        expect_dtype(op, "lora_a", lora_a, (x.dtype, wide(x.dtype)), "beside x")
+    expect_dtype(op, "lora_b", lora_b, (lora_a.dtype,), "to match lora_a")
+    if bias is not None:
+        expect_dense(op, x.device, bias=bias)
+        expect_shape(op, "bias", bias, (n,), "to match the rows of weight")
+        expect_dtype(op, "bias", bias, (weight.dtype,), f"to match {name_of(weight.dtype)}")
+    if not 0.0 <= p <= 1.0:
+        reject(op, "p", "a probability", p)
+    if padding_mode not in ("zeros", "reflect", "replicate", "circular"):
+        known = "'zeros', 'reflect', 'replicate' or 'circular'"
+        reject(op, "padding_mode", known, repr(padding_mode))
