@@ -130,7 +130,7 @@ DECODE_TILES: dict[str, tuple[Tiles, ...]] = {
     "float32": (Tiles(16, 32, 32, 8, 4), Tiles(16, 16, 32, 4, 4)),
 }
 DECODE_UNALIGNED_TILES = {
-    "half": Tiles(16, 32, 64, 4, 2),
+    "half": Tiles(16, 32, 32, 4, 2),
     "mixed": Tiles(16, 32, 32, 4, 2),
     "float32": Tiles(16, 32, 32, 8, 2),
 }

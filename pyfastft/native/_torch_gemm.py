@@ -145,7 +145,7 @@ def choose(
         adapter=name_of(lora_a.dtype),
         dropout=threshold > 0,
         aligned=min(rows, columns) == 1
-        and all(step % 16 == 0 for step in steps)
+        and all(step > 0 and step % 16 == 0 for step in steps)
         and (wide.data_ptr() | weight.data_ptr()) % 16 == 0,
     )
     choice = _engine.plan(problem, device)

@@ -116,8 +116,9 @@ class LoRALinear(LoRALayer):
     def pack(self, *, dx: bool = False, replace: bool = False) -> None:
         """Pack the frozen weight once, so that no call packs it again; on the CPU.
 
-        A weight that was changed since is packed again by the next call. Under ``torch.compile``
-        that is not looked at: pack again after changing the weight. Under autocast to another
+        A weight that was changed since is packed again by the next call, unless it was changed
+        through ``.data``, which leaves no trace. Under ``torch.compile`` that is not looked at:
+        pack again after changing the weight. Under autocast to another
         dtype the packed forms are not used. Moving the layer or changing its dtype packs again
         where that can be done, and ends it elsewhere.
 
@@ -244,10 +245,13 @@ class LoRALinear(LoRALayer):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         self._bring_back()
         super()._apply(fn, recurse)
-        if self._packing is not None and self.why_not_packed() is not None:
-            self._packing = None
-        elif not self.merged:
-            self._replace_again()
+        if self._packing is not None:
+            # The same Parameter may hold other data now, and its version be the same.
+            self._packing.forget()
+            if self.why_not_packed() is not None:
+                self._packing = None
+            elif not self.merged:
+                self._replace_again()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -140,7 +140,7 @@ def _lora_gemm_kernel(
             w_tile = tl.load(w_ptrs, mask=in_depth[:, None] & in_columns, other=0.0)
             acc = tl.dot(a_tile, w_tile, acc, input_precision="ieee")
             a_ptrs += BLOCK_D
-            w_ptrs += BLOCK_D * w_stride_d
+            w_ptrs += tl.cast(w_stride_d, tl.int64) * BLOCK_D
 
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
