@@ -2,7 +2,7 @@
 // for what packing would cost, so columns that lie in order are read where they lie.
 //
 // An element of C is summed alike wherever its columns come from: over a block of depth, item p
-// goes to sum p % kLanes, and these kLanes sums are added by halves.
+// goes to sum p % kLanes, and these kLanes sums are added in pairs.
 #include "cpu/pack.inl.hpp"
 
 namespace {
@@ -45,12 +45,12 @@ struct NeighbouringLines {
   }
 };
 
-// The kLanes sums of each lane, added by halves.
-FT_INLINE Vec add_by_halves(Vec* sums) {
+// The kLanes sums of each lane: neighbours are added, then neighbouring pairs, and so on.
+FT_INLINE Vec add_in_pairs(Vec* sums) {
 #pragma GCC unroll 4
-  for (int half = kLanes / 2; half; half /= 2)
+  for (int apart = 1; apart < kLanes; apart *= 2)
 #pragma GCC unroll 8
-    for (int j = 0; j < half; ++j) sums[j] = add(sums[j], sums[j + half]);
+    for (int j = 0; j < kLanes; j += 2 * apart) sums[j] = add(sums[j], sums[j + apart]);
   return sums[0];
 }
 
@@ -88,7 +88,7 @@ void rows_times_strip(const float* rows, int64_t row_stride, const Items& column
 #pragma GCC unroll 16
       for (int t = 0; t < kPart; ++t) sums[i * kLanes + part + t] = sum[i][t];
   }
-  for (int i = 0; i < kRows; ++i) totals[i] = add_by_halves(sums + i * kLanes);
+  for (int i = 0; i < kRows; ++i) totals[i] = add_in_pairs(sums + i * kLanes);
 }
 
 template <bool kPairs, class Items>
@@ -149,7 +149,7 @@ void rows_times_lines(const float* rows, int64_t row_stride, const T* data, int6
   }
   for (int i = 0; i < kRows; ++i) {
     transpose(sums[i]);
-    totals[i] = add_by_halves(sums[i]);
+    totals[i] = add_in_pairs(sums[i]);
   }
 }
 
