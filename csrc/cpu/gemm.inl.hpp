@@ -2,14 +2,13 @@
 //   mask_q[i, j] ? scale_q * (sum over depth p of rows_q[i, p] * columns_q[j, p]) : 0.
 //
 // Both operands are packed in strips, and a register tile is one strip of at most kTileRows rows by
-// one or two strips of columns. Where there are few rows, columns are read in place instead.
+// one or two strips of columns.
 //
 // An element of C is summed in one order, whatever the sizes of tiles, the number of threads, and
 // whether an operand was packed before: blocks of Depth::block items, each from zero, scaled and
 // masked in float32, added up in sequence. Blocks from zero also keep the rounding error at that of
 // a short sum.
-#include "cpu/pack.inl.hpp"
-#include "cpu/stream.inl.hpp"
+#include "cpu/few_rows.inl.hpp"
 
 namespace {
 
@@ -27,7 +26,8 @@ struct Product {
 struct Result {
   void* data;
   int64_t row_stride, column_stride;  // one of them is 1
-  void (*store)(const Result&, const float* tile, int64_t i, int64_t j, int rows, int columns);
+  void (*store)(const Result&, const float* tile, int64_t pitch, int64_t i, int64_t j, int rows,
+                int columns);
   const void* bias;  // one per column, of the result's dtype, or null
   bool accumulate;   // added in float32 to what C holds, and rounded once
 };
@@ -36,6 +36,8 @@ struct Result {
 // (32 registers of AVX-512, 16 elsewhere) and hide the latency of the multiply-add.
 constexpr int kTileRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;
 constexpr int kTileColumns = 2 * kLanes;
+// Strips of neighbouring lines that are packed together where nobody else needs them.
+constexpr int64_t kStripsAcross = 8;
 constexpr int kBlockRows = kTileRows * (224 / kTileRows);
 // Packed operands larger than this are made in parts.
 constexpr int64_t kPanelBytes = int64_t(16) << 20;
@@ -48,8 +50,9 @@ inline Product product(Operand rows, int32_t rows_dtype, Operand columns, int32_
                        int64_t depth, int64_t block = kDepthItems) {
   const bool pairs = FT_BF16_DOT && rows_dtype == FT_BFLOAT16 && columns_dtype == FT_BFLOAT16;
   choose_packer(rows, rows_dtype, pairs);
+  if (!columns.pack && !columns.panel)
+    columns.multiply = choose_in_place(columns, columns_dtype, pairs);
   choose_packer(columns, columns_dtype, pairs);
-  columns.stream = choose_stream(columns, columns_dtype, pairs);
   return {rows, columns, {depth, pairs, block}, 1.0f, nullptr, 0};
 }
 
@@ -64,80 +67,65 @@ inline Product scaled(Product q, float scale, const uint8_t* mask = nullptr,
 
 // ---- register tiles ------------------------------------------------------------------------
 
-template <bool kPairs>
-FT_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
-#if FT_BF16_DOT
-  if constexpr (kPairs) return dot_pairs(a, b, c);
-#endif
-  return fma(a, b, c);
-}
-
 // What becomes of the sums of a register tile.
 struct Landing {
-  float* tile;      // rows of kBlockColumns floats
+  float* tile;
+  int64_t pitch;    // floats between its rows
   bool accumulate;  // added to what stands there
   float scale;
   const uint8_t* mask;               // or null
   int64_t element, mask_row_stride;  // the mask's index of the tile's first element
   int64_t first_row, end_row;        // of the tile, that the sums are wanted of
+
+  // Strip j of row i.
+  FT_INLINE void add_up(int i, int j, Vec total) const {
+    total = mul(total, splat(scale));
+    if (mask) total = select(total, keep_bits(mask, element + i * mask_row_stride + j * kLanes));
+    float* at = tile + i * pitch + j * kLanes;
+    store(at, accumulate ? add(load(at), total) : total);
+  }
 };
 
-// tile (+)= rows^T columns over `items` items; column strips are column_strip floats apart. A tile
-// of few rows deals the items out to several sums, to hide the latency of the multiply-add.
+// tile (+)= rows^T columns over `items` items; column strips are column_strip floats apart.
 template <int kRows, int kStrips, bool kPairs>
 void register_tile(const float* rows, const float* columns, int64_t column_strip, int64_t items,
-                   const Landing& to) {
-  constexpr int kSums = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;
-  Vec sum[kSums][kRows][kStrips];
-#pragma GCC unroll 4
-  for (int s = 0; s < kSums; ++s)
+                   Ahead ahead, const Landing& to) {
+  Vec sum[kRows][kStrips];
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i)
+  for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-      for (int j = 0; j < kStrips; ++j) sum[s][i][j] = zero();
-  const auto add_item = [&](int s, int64_t p) __attribute__((always_inline)) {
+    for (int j = 0; j < kStrips; ++j) sum[i][j] = zero();
+  for (int64_t p = 0; p < items; ++p) {
     Vec column[kStrips];
 #pragma GCC unroll 2
-    for (int j = 0; j < kStrips; ++j) column[j] = load(columns + j * column_strip + p * kLanes);
+    for (int j = 0; j < kStrips; ++j) {
+      __builtin_prefetch(ahead.at + j * ahead.strip, 0, 2);
+      column[j] = load(columns + j * column_strip + p * kLanes);
+    }
+    ahead.at += (p + 1) % kLanes ? ahead.step : ahead.step + ahead.jump;
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const Vec row = splat(rows[p * kLanes + i]);
 #pragma GCC unroll 2
-      for (int j = 0; j < kStrips; ++j)
-        sum[s][i][j] = multiply_add<kPairs>(row, column[j], sum[s][i][j]);
+      for (int j = 0; j < kStrips; ++j) sum[i][j] = multiply_add<kPairs>(row, column[j], sum[i][j]);
     }
-  };
-  int64_t p = 0;
-  for (; p + kSums <= items; p += kSums)
-#pragma GCC unroll 4
-    for (int s = 0; s < kSums; ++s) add_item(s, p + s);
-  for (; p < items; ++p) add_item(0, p);
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
     if (i < to.first_row || i >= to.end_row) continue;
 #pragma GCC unroll 2
-    for (int j = 0; j < kStrips; ++j) {
-      Vec total = sum[0][i][j];
-      if constexpr (kSums == 2) total = add(total, sum[1][i][j]);
-      if constexpr (kSums == 4)
-        total = add(add(total, sum[1][i][j]), add(sum[2][i][j], sum[3][i][j]));
-      total = mul(total, splat(to.scale));
-      if (to.mask)
-        total = select(total, keep_bits(to.mask, to.element + i * to.mask_row_stride + j * kLanes));
-      float* at = to.tile + i * kBlockColumns + j * kLanes;
-      store(at, to.accumulate ? add(load(at), total) : total);
-    }
+    for (int j = 0; j < kStrips; ++j) to.add_up(i, j, sum[i][j]);
   }
 }
 
-using RegisterTile = void (*)(const float*, const float*, int64_t, int64_t, const Landing&);
+using RegisterTile = void (*)(const float*, const float*, int64_t, int64_t, Ahead, const Landing&);
 
 // Strips of fewer rows run the next even height; the packed zeros below cost less than more code.
 template <int kStrips, bool kPairs>
 RegisterTile tile_of_height(int rows) {
   switch ((rows + 1) / 2) {
     case 1:
-      return rows == 1 ? register_tile<1, kStrips, kPairs> : register_tile<2, kStrips, kPairs>;
+      return register_tile<2, kStrips, kPairs>;
     case 2:
       return register_tile<4, kStrips, kPairs>;
 #if FT_LANES >= 8
@@ -169,9 +157,10 @@ inline RegisterTile choose_tile(int rows, int strips, bool pairs) {
 // ---- results -------------------------------------------------------------------------------
 
 template <class T>
-void store_rows(const Result& c, const float* tile, int64_t i, int64_t j, int rows, int columns) {
+void store_rows(const Result& c, const float* tile, int64_t pitch, int64_t i, int64_t j, int rows,
+                int columns) {
   const T* bias = static_cast<const T*>(c.bias);
-  for (int row = 0; row < rows; ++row, tile += kBlockColumns) {
+  for (int row = 0; row < rows; ++row, tile += pitch) {
     T* to = static_cast<T*>(c.data) + (i + row) * c.row_stride + j;
     for (int column = 0; column < columns; column += kLanes) {
       const int n = int(lesser(kLanes, columns - column));
@@ -183,12 +172,12 @@ void store_rows(const Result& c, const float* tile, int64_t i, int64_t j, int ro
 }
 
 template <class T>
-void store_columns(const Result& c, const float* tile, int64_t i, int64_t j, int rows,
-                   int columns) {
+void store_columns(const Result& c, const float* tile, int64_t pitch, int64_t i, int64_t j,
+                   int rows, int columns) {
   for (int column = 0; column < columns; ++column) {
     T* to = static_cast<T*>(c.data) + (j + column) * c.column_stride + i;
     for (int row = 0; row < rows; ++row) {
-      const float sum = tile[row * kBlockColumns + column];
+      const float sum = tile[row * pitch + column];
       to[row] = from_float<T>(c.accumulate ? sum + to_float(to[row]) : sum);
     }
   }
@@ -232,68 +221,138 @@ struct Gemm {
   int count;
   const Result* c;
   Strips rows, columns;
-  bool few_rows;  // columns that can be read in place are
+  bool few_rows;
   Panel row_panels[kMaxProducts];
   Panel column_panels[kMaxProducts];  // no data: every tile packs its own columns
 };
 
-inline void clear(float* tile, int rows) {
-  for (int at = 0; at < rows * kBlockColumns; ++at) tile[at] = 0.0f;
+// Where strip `strip` of C's columns in row strip s goes.
+inline Landing landing(const Gemm& g, const Product& q, int64_t s, int64_t strip, bool accumulate,
+                       float* tile, int64_t pitch) {
+  return {tile,
+          pitch,
+          accumulate,
+          q.scale,
+          q.mask,
+          q.mask_element + g.rows.line(s) * q.mask_row_stride + g.columns.line(strip),
+          q.mask_row_stride,
+          greater(0, q.first_row - g.rows.line(s)),
+          lesser(g.rows.lines(s), q.end_row - g.rows.line(s))};
 }
 
-// Row strips [i0, i1) by column strips [j0, j1), at most kBlockRows x kBlockColumns.
-inline void compute_block(const Gemm& g, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
-                          float* tile, float* own_columns) {
-  bool accumulate = false;
-  const int64_t i = g.rows.line(i0), j = g.columns.line(j0);
-  const int rows = int(lesser(g.rows.line(i1), g.rows.end) - i);
-  const int columns = int(lesser(g.columns.line(j1), g.columns.end) - j);
-  for (int q = 0; q < g.count; ++q) {
-    const Product& product = g.products[q];
-    const Panel &row_panel = g.row_panels[q], &column_panel = g.column_panels[q];
-    const bool streamed = g.few_rows && product.columns.stream && !column_panel.data &&
-                          product.scale == 1.0f && !product.mask && !product.first_row &&
-                          product.end_row >= g.rows.end;
-    if (streamed) {
-      if (!accumulate) clear(tile, g.rows.height);
-      product.columns.stream(product.columns, row_panel.at(0, 0, 0), rows, j, columns,
-                             product.depth.values, tile);
-      accumulate = true;
-    }
-    // What is used once is packed a tile at a time, unless neighbours share its memory.
-    const int64_t at_once = product.columns.short_runs ? j1 - j0 : 2;
-    const int64_t items = streamed ? 0 : product.depth.items();
-    for (int64_t p = 0; p < items; p += product.depth.block) {
-      const int64_t block = lesser(product.depth.block, items - p);
-      for (int64_t strip = j0; strip < j1; strip += 2) {
-        const int strips = int(lesser(2, j1 - strip));
-        if (!column_panel.data && (strip - j0) % at_once == 0)
-          pack_strips(product.columns, product.depth, g.columns, strip, lesser(strip + at_once, j1),
-                      p, p + block, own_columns);
-        const float* column_strips = column_panel.data
-                                         ? column_panel.at(p, strip, block)
-                                         : own_columns + (strip - j0) % at_once * block * kLanes;
-        for (int64_t s = i0; s < i1; ++s) {
-          const int64_t first = g.rows.line(s);
-          if (first >= product.end_row || first + g.rows.lines(s) <= product.first_row) continue;
-          const Landing to{
-              tile + (first - i) * kBlockColumns + (strip - j0) * kLanes,
-              accumulate,
-              product.scale,
-              product.mask,
-              product.mask_element + first * product.mask_row_stride + g.columns.line(strip),
-              product.mask_row_stride,
-              product.first_row - first,
-              lesser(g.rows.lines(s), product.end_row - first)};
-          choose_tile(g.rows.lines(s), strips, product.depth.pairs)(
-              row_panel.at(p, s, block), column_strips, block * kLanes, block, to);
-        }
+// What a worker of gemm needs: a block of C, columns it packs itself, rows that it reorders.
+struct Workspace {
+  float *tile, *columns, *rows;
+
+  static constexpr int64_t kTile = int64_t(kBlockRows) * kBlockColumns;
+  static constexpr int64_t kColumns = kStripsAcross * kLanes * kDepthItems;
+  static constexpr int64_t kRows = kFewRows * kMostRowItems;
+  static constexpr int64_t kFloats = kTile + kColumns + kRows;
+};
+
+// Add product q to row strips [i0, i1) by column strips [j0, j1) of the workspace's tile.
+inline void add_product(const Gemm& g, const Product& product, const Panel& row_panel,
+                        const Panel& panel, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
+                        bool accumulate, const Workspace& work) {
+  const Operand& a = product.columns;
+  const int64_t items = product.depth.items(), pitch = (j1 - j0) * kLanes;
+  // Columns used once are packed a little at a time: two strips, or some that share their memory.
+  const int64_t group = panel.data ? j1 - j0 : a.short_runs ? kStripsAcross : 2;
+  for (int64_t p = 0; p < items; p += product.depth.block) {
+    const int64_t block = lesser(product.depth.block, items - p), next = p + block;
+    for (int64_t strip = j0; strip < j1; strip += 2) {
+      const int64_t within = (strip - j0) % group;
+      if (!panel.data && within == 0)
+        pack_strips(a, product.depth, g.columns, strip, lesser(strip + group, j1), p, next,
+                    work.columns);
+      const float* columns =
+          panel.data ? panel.at(p, strip, block) : work.columns + within * block * kLanes;
+      // What comes next is fetched from memory meanwhile.
+      Ahead ahead = ahead_of(columns, 0);
+      if (panel.data && strip + 2 < j1)
+        ahead = ahead_of(panel.at(p, strip + 2, block), block);
+      else if (panel.data && next < items)
+        ahead = ahead_of(panel.at(next, j0, lesser(block, items - next)), block);
+      else if (strip + group < j1)
+        ahead = ahead_of(a, product.depth, g.columns.line(strip + group), p);
+      else if (next < items)
+        ahead = ahead_of(a, product.depth, g.columns.line(j0 + within), next);
+      const int strips = int(lesser(2, j1 - strip));
+      for (int64_t s = i0; s < i1; ++s) {
+        const int64_t row = g.rows.line(s) - g.rows.line(i0);
+        if (g.rows.line(s) >= product.end_row ||
+            g.rows.line(s) + g.rows.lines(s) <= product.first_row)
+          continue;
+        const Landing to = landing(g, product, s, strip, accumulate || p > 0,
+                                   work.tile + row * pitch + (strip - j0) * kLanes, pitch);
+        choose_tile(g.rows.lines(s), strips, product.depth.pairs)(
+            row_panel.at(p, s, block), columns, block * kLanes, block, ahead, to);
       }
-      accumulate = true;
     }
   }
-  if (!accumulate) clear(tile, rows);
-  g.c->store(*g.c, tile, i, j, rows, columns);
+}
+
+// The same for the only row strip of a C of few rows.
+inline void add_few_rows(const Gemm& g, const Product& product, const Panel& row_panel,
+                         const Panel& panel, int64_t j0, int64_t j1, bool accumulate,
+                         const Workspace& work) {
+  const Operand& a = product.columns;
+  const Depth& depth = product.depth;
+  const int height = g.rows.height, per_item = depth.pairs ? 2 : 1;
+  const int64_t items = depth.items(), pitch = (j1 - j0) * kLanes;
+  const int64_t span = kMostRowItems / depth.block * depth.block;
+  for (int64_t begin = 0; begin < items; begin += span) {
+    const int64_t end = lesser(items, begin + span);
+    for (int64_t p = begin; p < end; ++p)
+      for (int i = 0; i < height; ++i)
+        work.rows[i * kMostRowItems + p - begin] = row_panel.at(p, 0, 1)[i];
+    const bool in_place = !panel.data && a.multiply;
+    const int64_t together = in_place ? kStripsTogether : 1;
+    for (int64_t strip = j0; strip < j1; strip += together)
+      for (int64_t p = begin; p < end; p += depth.block) {
+        const int64_t block = lesser(depth.block, items - p), last = lesser(strip + together, j1);
+        const float* rows = work.rows + p - begin;
+        Vec totals[kStripsTogether * kFewRows];
+        if (in_place) {
+          const int64_t line = g.columns.line(strip);
+          a.multiply(a, rows, kMostRowItems, height, line,
+                     int(lesser(g.columns.line(last), g.columns.end) - line), p * per_item,
+                     lesser((p + block) * per_item, depth.values), totals);
+        } else {
+          if (!panel.data)
+            pack_strips(a, depth, g.columns, strip, last, p, p + block, work.columns);
+          const PackedItems columns{panel.data ? panel.at(p, strip, block) : work.columns,
+                                    panel.data ? block * kLanes : 0};
+          rows_times_packed(rows, kMostRowItems, height, columns, block, depth.pairs, totals);
+        }
+        for (int64_t s = strip; s < last; ++s) {
+          const Landing to =
+              landing(g, product, 0, s, accumulate || p > 0, work.tile + (s - j0) * kLanes, pitch);
+          for (int64_t i = to.first_row; i < to.end_row; ++i)
+            to.add_up(int(i), 0, totals[(s - strip) * height + i]);
+        }
+      }
+  }
+}
+
+// Row strips [i0, i1) by column strips [j0, j1) of C, as many as the workspace holds.
+inline void compute_block(const Gemm& g, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
+                          const Workspace& work) {
+  const int64_t i = g.rows.line(i0), j = g.columns.line(j0), pitch = (j1 - j0) * kLanes;
+  const int rows = int(lesser(g.rows.line(i1), g.rows.end) - i);
+  const int columns = int(lesser(g.columns.line(j1), g.columns.end) - j);
+  bool accumulate = false;
+  for (int q = 0; q < g.count; ++q) {
+    if (g.few_rows)
+      add_few_rows(g, g.products[q], g.row_panels[q], g.column_panels[q], j0, j1, accumulate, work);
+    else
+      add_product(g, g.products[q], g.row_panels[q], g.column_panels[q], i0, i1, j0, j1, accumulate,
+                  work);
+    accumulate = accumulate || g.products[q].depth.values > 0;
+  }
+  if (!accumulate)
+    for (int64_t at = 0; at < rows * pitch; ++at) work.tile[at] = 0.0f;
+  g.c->store(*g.c, work.tile, pitch, i, j, rows, columns);
 }
 
 // Panels of an operand of every product for some of its lines: those packed before and, if `all`,
@@ -339,12 +398,10 @@ inline void gemm(int64_t rows, int64_t columns, const Product* products, int cou
   const int64_t rows_at_once = greater(kBlockRows / strip_height * strip_height,
                                        kPanelBytes / (line_bytes * kLanes) * strip_height);
 
-  constexpr int64_t kTile = int64_t(kBlockRows) * kBlockColumns;
-  constexpr int64_t kWorker = kTile + kBlockColumns * kDepthItems;
-  float* const workers =
-      static_cast<float*>(scratch(Scratch::kWorkers, threads * kWorker * int64_t(sizeof(float))));
+  float* const workers = static_cast<float*>(
+      scratch(Scratch::kWorkers, threads * Workspace::kFloats * int64_t(sizeof(float))));
 
-  Gemm g{products, count, &c, {0, 0, strip_height}, {0, 0, kLanes}, rows <= kStreamedRows, {}, {}};
+  Gemm g{products, count, &c, {0, 0, strip_height}, {0, 0, kLanes}, rows <= kFewRows, {}, {}};
   for (int64_t j = 0; j < columns; j += columns_at_once) {
     g.columns.begin = j;
     g.columns.end = lesser(columns, j + columns_at_once);
@@ -359,16 +416,18 @@ inline void gemm(int64_t rows, int64_t columns, const Product* products, int cou
       // Blocks of C of equal size, as many as keep all threads busy to the end.
       const int64_t row_strips = g.rows.count(), column_pairs = ceil_div(g.columns.count(), 2);
       const int64_t row_blocks = ceil_div(row_strips, kBlockRows / strip_height);
-      int64_t column_blocks = ceil_div(g.columns.count(), kBlockColumns / kLanes);
+      const int64_t most_columns = g.few_rows ? Workspace::kTile / kFewRows : kBlockColumns;
+      int64_t column_blocks = ceil_div(g.columns.count(), most_columns / kLanes);
       if (threads > 1) column_blocks = greater(column_blocks, ceil_div(4 * threads, row_blocks));
       const int64_t block_rows = ceil_div(row_strips, row_blocks);
       const int64_t block_columns = 2 * ceil_div(column_pairs, lesser(column_blocks, column_pairs));
       const int64_t across = ceil_div(g.columns.count(), block_columns);
       parallel_for(threads, row_blocks * across, [&](int64_t task, int worker) {
         const int64_t i0 = task / across * block_rows, j0 = task % across * block_columns;
-        float* tile = workers + worker * kWorker;
+        float* const own = workers + worker * Workspace::kFloats;
         compute_block(g, i0, lesser(i0 + block_rows, g.rows.count()), j0,
-                      lesser(j0 + block_columns, g.columns.count()), tile, tile + kTile);
+                      lesser(j0 + block_columns, g.columns.count()),
+                      {own, own + Workspace::kTile, own + Workspace::kTile + Workspace::kColumns});
       });
     }
   }

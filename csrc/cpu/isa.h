@@ -26,6 +26,7 @@
 // GCC 12's own intrinsics start from a register that is undefined on purpose (bug 105593).
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 #define FT_LANES 4

@@ -9,13 +9,14 @@ namespace {
 struct Operand {
   const void* data;
   int64_t line_stride, depth_stride;  // in elements
+  int value_bytes;
   // Packs lines [line, line + lines), lines <= kLanes, depth [begin, end), into `strip`; missing
   // lines and the missing half of a last pair are zeros. `begin` is even.
   void (*pack)(const Operand&, int64_t line, int lines, int64_t begin, int64_t end, float* strip);
-  // Adds to `tile` the product of lines [line, line + lines), read where they lie, with the `rows`
-  // packed in `strip`, over the whole depth; null: columns must be packed.
-  void (*stream)(const Operand&, const float* strip, int rows, int64_t line, int lines,
-                 int64_t depth, float* tile);
+  // totals[strip][i] = row i of `rows` times the strip's lines, read where they lie, over depth
+  // [begin, end) of one block; null: the lines must be packed. See few_rows.inl.hpp.
+  void (*multiply)(const Operand&, const float* rows, int64_t row_stride, int height, int64_t line,
+                   int lines, int64_t begin, int64_t end, Vec* totals);
   bool short_runs;  // lines are neighbours in memory: many of them are packed a few items at a time
   const uint8_t* mask;  // of dropout, or null: an element's index is that of these strides
   int64_t mask_line_stride, mask_depth_stride;
@@ -32,7 +33,15 @@ constexpr int64_t kPrefetchBytes = 512;
 constexpr int64_t kShortRun = 16;
 
 inline Operand dense(const void* data, int64_t line_stride, int64_t depth_stride) {
-  return {data, line_stride, depth_stride, nullptr, nullptr, false, nullptr, 0, 0, nullptr, 0};
+  return {data, line_stride, depth_stride, 0, nullptr, nullptr, false, nullptr, 0, 0, nullptr, 0};
+}
+
+template <bool kPairs>
+FT_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+#if FT_BF16_DOT
+  if constexpr (kPairs) return dot_pairs(a, b, c);
+#endif
+  return fma(a, b, c);
 }
 
 // n values from p that are neighbours in depth, as items; bits selects.
@@ -51,33 +60,42 @@ FT_INLINE Vec select_items(Vec v, uint32_t bits) {
   return select(v, bits);
 }
 
-// Lines whose values are neighbours in memory: transposed in registers.
+// Lines whose values are neighbours in memory: transposed in registers, a whole square of them
+// where `kWhole`.
+template <class T, bool kPairs, bool kMasked, bool kWhole>
+FT_INLINE void pack_square(const Operand& a, int64_t line, int lines, int64_t p, int n,
+                           float* strip) {
+  constexpr int kPerItem = kPairs ? 2 : 1;
+  const int count = kWhole ? kLanes * kPerItem : n, used = (count + kPerItem - 1) / kPerItem;
+  const T* const data = static_cast<const T*>(a.data) + line * a.line_stride + p;
+  Vec items[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    items[i] = zero();
+    if (!kWhole && i >= lines) continue;
+    // The next strip's, into the second level: the hardware does not foresee so many streams.
+    __builtin_prefetch(data + (i + kLanes) * a.line_stride, 0, 2);
+    items[i] = load_items<kPairs>(data + i * a.line_stride, count);
+    if (kMasked)
+      items[i] =
+          select_items<kPairs>(items[i], keep_bits(a.mask, (line + i) * a.mask_line_stride + p));
+  }
+  transpose(items);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if (kWhole || i < used) store(strip + i * kLanes, items[i]);
+}
+
 template <class T, bool kPairs, bool kMasked>
 void pack_lines(const Operand& a, int64_t line, int lines, int64_t begin, int64_t end,
                 float* strip) {
-  constexpr int kPerItem = kPairs ? 2 : 1, kStep = kLanes * kPerItem;
-  const T* const data = static_cast<const T*>(a.data) + line * a.line_stride;
-  for (int64_t p = begin; p < end; p += kStep) {
-    const int n = int(lesser(kStep, end - p));
-    Vec items[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      items[i] = zero();
-      if (i >= lines) continue;
-      const T* from = data + i * a.line_stride + p;
-      __builtin_prefetch(from + kPrefetchBytes / sizeof(T));
-      items[i] = load_items<kPairs>(from, n);
-      if (kMasked)
-        items[i] =
-            select_items<kPairs>(items[i], keep_bits(a.mask, (line + i) * a.mask_line_stride + p));
-    }
-    transpose(items);
-    const int used = (n + kPerItem - 1) / kPerItem;
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i)
-      if (i < used) store(strip + i * kLanes, items[i]);
-    strip += used * kLanes;
-  }
+  constexpr int kStep = kLanes * (kPairs ? 2 : 1);
+  int64_t p = begin;
+  if (lines == kLanes)
+    for (; p + kStep <= end; p += kStep, strip += kLanes * kLanes)
+      pack_square<T, kPairs, kMasked, true>(a, line, lines, p, kStep, strip);
+  for (; p < end; p += kStep, strip += kLanes * kLanes)
+    pack_square<T, kPairs, kMasked, false>(a, line, lines, p, int(lesser(kStep, end - p)), strip);
 }
 
 // Lines that are neighbours in memory: copied.
@@ -134,6 +152,7 @@ auto dense_packer(const Operand& a) {
 inline void choose_packer(Operand& a, int32_t dtype, bool pairs) {
   if (a.pack || a.panel) return;
   a.short_runs = a.depth_stride != 1;
+  a.value_bytes = dtype == FT_FLOAT32 ? 4 : 2;
   if (dtype == FT_FLOAT32)
     a.pack = dense_packer<float, false>(a);
   else if (dtype == FT_FLOAT16)

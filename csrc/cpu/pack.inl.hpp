@@ -55,6 +55,32 @@ inline void pack_strips(const Operand& a, const Depth& depth, const Strips& stri
   }
 }
 
+// Memory that will be needed next, to be asked for meanwhile: for every item and strip a line of
+// the cache, so many bytes from that of the item before, after kLanes items, and of the strip
+// before.
+struct Ahead {
+  const char* at;
+  int64_t step, jump, strip;
+};
+
+// Two strips from `line` on, and items from p on.
+inline Ahead ahead_of(const Operand& a, const Depth& depth, int64_t line, int64_t p) {
+  constexpr int64_t kItem = kLanes * sizeof(float);
+  const int64_t per_item = depth.pairs ? 2 : 1;
+  const int64_t line_bytes = a.line_stride * a.value_bytes;
+  const int64_t item_bytes = a.depth_stride * per_item * a.value_bytes;
+  const char* at = static_cast<const char*>(a.data) + line * line_bytes + p * item_bytes;
+  if (a.depth_stride == 1)
+    return {at, line_bytes, kItem - kLanes * line_bytes, kLanes * line_bytes};
+  return {at, item_bytes, 0, depth.pairs ? item_bytes / 2 : kLanes * line_bytes};
+}
+
+// Two packed strips with so many items; 0: nothing.
+inline Ahead ahead_of(const float* strips, int64_t items) {
+  constexpr int64_t kItem = kLanes * sizeof(float);
+  return {reinterpret_cast<const char*>(strips), items ? kItem : 0, 0, items * kItem};
+}
+
 // An operand, and where its panel goes.
 struct Packing {
   Operand operand;

@@ -19,7 +19,6 @@ const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
 
 constexpr size_t kHugePage = size_t(2) << 20;
-constexpr size_t kCacheLine = 64;
 constexpr size_t kKept = size_t(64) << 20;
 
 struct Buffer {
@@ -34,7 +33,7 @@ struct Buffer {
     if (wanted <= bytes) return;
     std::free(data);
     bytes = 0;
-    const size_t alignment = wanted < kHugePage ? kCacheLine : kHugePage;
+    const size_t alignment = wanted < kHugePage ? size_t(kCacheLine) : kHugePage;
     wanted = (wanted + alignment - 1) / alignment * alignment;
     data = std::aligned_alloc(alignment, wanted);
     if (!data) throw std::bad_alloc();

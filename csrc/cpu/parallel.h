@@ -48,6 +48,8 @@ struct ScratchScope {
   ~ScratchScope();
 };
 
+constexpr int64_t kCacheLine = 64;
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }

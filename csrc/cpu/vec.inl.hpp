@@ -54,23 +54,30 @@ FT_INLINE void store(fp16* p, Vec v, int n) {
 
 FT_INLINE Vec select(Vec v, uint32_t bits) { return _mm512_maskz_mov_ps(__mmask16(bits), v); }
 
-// Each stage exchanges one bit of the row's index with the same bit of the lane's.
+// Pairs of rows, then of pairs, then halves of registers: plain shuffles are faster than permutes.
 FT_INLINE void transpose(Vec* rows) {
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  Vec mixed[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    mixed[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+    mixed[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+  }
 #pragma GCC unroll 4
-  for (int bit = 1; bit < 16; bit *= 2) {
-    const __mmask16 set = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(bit));
-    const __m512i second = _mm512_add_epi32(lane, _mm512_set1_epi32(16));
-    const __m512i step = _mm512_set1_epi32(bit);
-    const __m512i low = _mm512_mask_sub_epi32(lane, set, second, step);
-    const __m512i high = _mm512_mask_mov_epi32(_mm512_add_epi32(lane, step), set, second);
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
-      if (i & bit) continue;
-      const Vec a = rows[i], b = rows[i + bit];
-      rows[i] = _mm512_permutex2var_ps(a, low, b);
-      rows[i + bit] = _mm512_permutex2var_ps(a, high, b);
-    }
+  for (int i = 0; i < 16; i += 4) {
+    rows[i] = _mm512_shuffle_ps(mixed[i], mixed[i + 2], 0x44);
+    rows[i + 1] = _mm512_shuffle_ps(mixed[i], mixed[i + 2], 0xee);
+    rows[i + 2] = _mm512_shuffle_ps(mixed[i + 1], mixed[i + 3], 0x44);
+    rows[i + 3] = _mm512_shuffle_ps(mixed[i + 1], mixed[i + 3], 0xee);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; ++i) {
+    const Vec a = rows[i & ~4 & 15], b = rows[i | 4];
+    mixed[i] = i & 4 ? _mm512_shuffle_f32x4(a, b, 0xdd) : _mm512_shuffle_f32x4(a, b, 0x88);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    rows[i] = _mm512_shuffle_f32x4(mixed[i], mixed[i + 8], 0x88);
+    rows[i + 8] = _mm512_shuffle_f32x4(mixed[i], mixed[i + 8], 0xdd);
   }
 }
 
@@ -205,7 +212,7 @@ FT_INLINE void transpose(Vec* rows) {
 
 // Two bf16 values per lane, the first in the low half: n <= 2 * kLanes values from p.
 FT_INLINE Vec load_pairs(const bf16* p, int n) {
-  const __mmask32 lanes = n == 32 ? ~0u : (1u << n) - 1;
+  const __mmask32 lanes = __mmask32((uint64_t(1) << n) - 1);
   return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(lanes, p));
 }
 FT_INLINE Vec select_pairs(Vec v, uint32_t bits) {

@@ -96,7 +96,7 @@ inline Operand base_columns_of_dx(const ft_lora_layer& layer) {
 // columns come in whole vectors.
 inline void lora_down(const LoraCall& f, const LoraAdapter& a) {
   const uint8_t* mask = nullptr;
-  if (a.dropout.threshold && a.rows * f.k) {
+  if (a.dropout.threshold && a.rows && f.k) {
     uint8_t* drawn = static_cast<uint8_t*>(scratch(Scratch::kMask, mask_bytes(a.rows * f.k)));
     write_mask(a.dropout, a.rows * f.k, drawn, f.threads);
     mask = drawn;
@@ -276,7 +276,7 @@ inline void lora_backward(const LoraCall& f) {
 
   for (int64_t j = 0; j < f.adapter_count; ++j) {
     const LoraAdapter& a = f.adapters[j];
-    const bool drops = a.dropout.threshold && (f.dx || a.dlora_a) && a.rows * f.k;
+    const bool drops = a.dropout.threshold && (f.dx || a.dlora_a) && a.rows && f.k;
     if (drops) write_mask(a.dropout, a.rows * f.k, masks + a.mask, f.threads);
     const void* rows = f.copies_u ? advanced(u, f.adapter_dtype, a.first_row * f.rank) : a.xa;
     lora_adapter_backward(f, f.layers[f.layer_count == 1 ? 0 : j], a, rows,

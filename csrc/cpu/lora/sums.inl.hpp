@@ -52,7 +52,8 @@ struct RowSums {
 // The sums of a tile's rows over every group of columns. A row's sum over lanes is that of the
 // columns of kLanes such rows, transposed.
 template <class T, class Term>
-void add_up_rows(const Result& c, const float* tile, int64_t i, int64_t j, int rows, int columns) {
+void add_up_rows(const Result& c, const float* tile, int64_t pitch, int64_t i, int64_t j, int rows,
+                 int columns) {
   const RowSums& s = *static_cast<const RowSums*>(c.data);
   const T* const w = static_cast<const T*>(s.w);
   for (int row = 0; row < rows; row += kLanes) {
@@ -65,7 +66,7 @@ void add_up_rows(const Result& c, const float* tile, int64_t i, int64_t j, int r
         for (int column = first; column < lesser(columns, first + kSummedColumns);
              column += kLanes) {
           const int n = int(lesser(kLanes, columns - column));
-          const Vec product = load(tile + (row + at) * kBlockColumns + column, n);
+          const Vec product = load(tile + (row + at) * pitch + column, n);
           const T* from = w + (i + row + at) * s.w_stride_n + (j + column) * s.w_stride_k;
           const Vec subtrahend = w ? load_strided(from, s.w_stride_k, n) : zero();
           sums[at] = add(sums[at], Term::of(product, subtrahend));
@@ -150,14 +151,15 @@ struct Signs {
 };
 
 template <class T>
-void store_signs(const Result& c, const float* tile, int64_t i, int64_t j, int rows, int columns) {
+void store_signs(const Result& c, const float* tile, int64_t pitch, int64_t i, int64_t j, int rows,
+                 int columns) {
   const Signs& s = *static_cast<const Signs*>(c.data);
   for (int row = 0; row < rows; ++row) {
     const int64_t at = i + row;
     const Vec grad = splat(s.grad[at]);
     for (int column = 0; column < columns; column += kLanes) {
       const int n = int(lesser(kLanes, columns - column));
-      Vec v = load(tile + row * kBlockColumns + column, n);
+      Vec v = load(tile + row * pitch + column, n);
       if (s.w)
         v = v - load_strided(
                     static_cast<const T*>(s.w) + at * s.w_stride_n + (j + column) * s.w_stride_k,
