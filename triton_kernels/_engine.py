@@ -6,8 +6,8 @@ has been measured on it.
     decode   the whole forward of a few tokens without dropout, in Triton
 
 ``_engine.json`` holds the measurements: ``{device name: {"provenance": ..., "rows": [...]}}``,
-written by ``make gpu-tune FAMILY=lora``. Where it knows nothing near a problem, gemm runs. A fused
-product that is a tenth slower than cuBLAS's loses all that fusing gains, so it takes a measurement
+written by ``make gpu-tune FAMILY=lora``. Where it knows nothing near a problem, gemm runs: a fused
+product that is a tenth slower than cuBLAS's loses more than fusing gains, so it takes a measurement
 to be picked.
 """
 

@@ -105,7 +105,8 @@ def dora_linear(
         p: dropout probability of the low-rank path's input. PEFT drops the base's input too and
             adds (g - 1) of both to the plain base: for p > 0 it computes something else.
         rng: as in :func:`lora_linear`.
-        squared: |W_n|^2, as in :func:`dora_norm`, for a W that is frozen.
+        squared: |W_n|^2, as in :func:`dora_norm`, for a W that is frozen;
+            :class:`pyfastft.nn.RowSquares` keeps them.
         packed, packed_dx: W packed, as in :func:`lora_linear`.
 
     Returns:

@@ -14,24 +14,19 @@ from pyfastft import _native
 from pyfastft._check import name_of
 from pyfastft.functional import lora_linear, pack_weight, unpack_weight
 from pyfastft.nn._layer import LoRALayer
+from pyfastft.nn._made_of import MadeOf
 
 __all__ = ["LoRALinear"]
 
 
 @dataclasses.dataclass
-class Packing:
-    """How a layer's weight is packed, and what it was made of."""
+class Packing(MadeOf):
+    """How a layer's weight is packed, and its packed forms."""
 
     dx: bool
     replace: bool
     packed: torch.Tensor | None = None
     packed_dx: torch.Tensor | None = None
-    weight: nn.Parameter | None = None
-    version: int = -1
-
-    def is_of(self, weight: nn.Parameter) -> bool:
-        """Whether the packed forms hold this weight as it is now."""
-        return self.weight is weight and self.version == weight._version
 
     def forget(self) -> None:
         """Drop the packed forms; how to pack is kept."""
@@ -174,7 +169,7 @@ class LoRALinear(LoRALayer):
             self.take_over()
             meta = torch.empty_like(self.weight, device="meta")
             self._parameters["weight"] = nn.Parameter(meta, requires_grad=False)
-        packing.weight, packing.version = self.weight, self.weight._version
+        packing.note(self.weight)
 
     def _bring_back(self) -> None:
         """Put the plain weight in its place where it was replaced."""

@@ -45,11 +45,11 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("lora_bias", [False, True])
-@pytest.mark.parametrize("name", MERGEABLE)
+@pytest.mark.parametrize(
+    ("name", "lora_bias"),
+    [*((name, False) for name in MERGEABLE), ("conv1d", True), ("pointwise", True)],
+)
 def test_merging_computes_the_same_and_is_undone(name, lora_bias, dtype) -> None:
-    if lora_bias and name in ("embedding", "circular"):
-        pytest.skip("has no bias")
     layer, x = make(name, dtype, lora_bias=lora_bias)
     layer.eval()
     state, y = copy.deepcopy(layer.state_dict()), layer(x)
@@ -93,6 +93,20 @@ def test_copies_files_and_starts(name: str) -> None:
     fresh.load_state_dict(layer.state_dict())
     assert_exact(fresh(x), y, "the loaded output")
     assert repr(layer).startswith(f"{type(layer).__name__}({layer.base.extra_repr()}, r=2, ")
+
+
+@pytest.mark.parametrize("name", ["conv2d", "pointwise", "groups", "embedding"])
+def test_autocast_keeps_the_gradients_dtypes(name: str) -> None:
+    layer, x = make(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, base = layer(x), layer.base(x)
+    assert y.dtype is base.dtype
+    truth = copy.deepcopy(layer).double()(wide(x)).detach()
+    low = copy.deepcopy(layer).bfloat16()
+    naive = low(x.bfloat16() if x.is_floating_point() else x).detach()
+    assert_accurate(y.detach().to(naive.dtype), truth, naive)
+    y.sum().backward()
+    assert layer.lora_a.grad.dtype is torch.float32
 
 
 def test_what_cannot_be() -> None:

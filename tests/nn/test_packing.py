@@ -216,3 +216,26 @@ def test_it_compiles_whole() -> None:
         y = compiled(x_)
         assert_exact(y.detach(), expected[0], "the compiled output")
         layer.unpack()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_row_squares_are_kept_and_never_out_of_date(dtype: torch.dtype) -> None:
+    squares, weight = ft.nn.RowSquares(), nn.Parameter(torch.randn(5, 40, dtype=dtype))
+
+    def expect(found: torch.Tensor, weight: torch.Tensor) -> None:
+        wide = torch.promote_types(dtype, torch.float32)
+        naive = weight.detach().to(wide).square().sum(1)
+        assert_accurate(found, weight.detach().double().square().sum(1), naive)
+
+    first = squares(weight)
+    expect(first, weight)
+    assert squares(weight) is first
+    assert not first.requires_grad
+    with torch.no_grad():
+        weight.mul_(3)
+    expect(squares(weight), weight)
+    other = nn.Parameter(torch.randn(5, 40, dtype=dtype))
+    expect(squares(other), other)
+    twin = copy.deepcopy(squares)
+    expect(twin(weight), weight)
+    expect(squares(other), other)

@@ -171,8 +171,8 @@ def _finish(
     PIECES: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """y = product + bias + s_scaling * (s * gate) B^T of a tile, s (rows, R) rounded to DOT before;
-    the first column tile stores it as xa."""
+    """A tile of y = product + bias + scaling * (s * gate) B^T, where s (rows, R) is rounded to DOT
+    first; the program of the first column tile stores it as xa."""
     ranks = tl.arange(0, BLOCK_R)
     thin = (rows < M)[:, None] & (ranks < R)[None, :]
     u = s.to(DOT)
@@ -258,7 +258,7 @@ def _lora_decode_kernel(
             other=0.0,
         )
         a = tl.load(
-            lora_a_ptr + depth[:, None] + ranks[None, :] * K,
+            lora_a_ptr + depth[:, None] + ranks[None, :].to(tl.int64) * K,
             mask=(depth < K)[:, None] & (ranks < R)[None, :],
             other=0.0,
         )
