@@ -62,8 +62,9 @@ def lora_conv(
         TypeError: a dtype does not fit, or an argument is not a dense tensor.
 
     Note:
-        A kernel of 1 without groups runs as :func:`lora_linear` over the channels; others as
-        torch's convolutions and a product that adds the update, see ``ops/lora.md``.
+        A kernel of 1 without groups runs as :func:`lora_linear` over the channels where that is
+        faster: with dropout, strides, or the channels last. All else is torch's convolutions and a
+        product that adds the update, see ``ops/lora.md``.
 
     Reference:
         Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"; its convolution as
@@ -71,10 +72,20 @@ def lora_conv(
     """
     _expect_operands(x, weight, lora_a, lora_b, bias, p, groups, padding_mode)
     dims = weight.dim() - 2
+    drops = dropout_threshold(p) > 0
     if weight.shape[2:].numel() == 1 and groups == 1 and not any(_sides(padding, 1, [1] * dims)):
-        return _pointwise(x, weight, lora_a, lora_b, bias, scaling, p, stride)
+        strides = _each(stride, dims)
+        channels_last = not x.is_contiguous() and x.movedim(-dims - 1, -1).is_contiguous()
+        if drops or channels_last or max(strides) > 1:
+            for dim, step in enumerate(strides, -dims):
+                x = x if step == 1 else x.movedim(dim, 0)[::step].movedim(0, dim)
+            factors = (weight.flatten(1), lora_a.flatten(1), lora_b.flatten(1))
+            rows = x.movedim(-dims - 1, -1)
+            y = lora_linear(rows, *factors, bias=bias, scaling=scaling, p=p)
+            y = y.movedim(-1, -dims - 1)
+            return y if channels_last else y.contiguous()
     convolve: Any = _CONVOLUTIONS[dims + 2]
-    dropped = F.dropout(x, p) if dropout_threshold(p) else x
+    dropped = F.dropout(x, p) if drops else x
     if padding_mode != "zeros":
         sides = _sides(padding, dilation, weight.shape[2:])
         same = dropped is x
@@ -88,38 +99,14 @@ def lora_conv(
     return _add_update(y, s, b, groups, dims)
 
 
-def _pointwise(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    bias: torch.Tensor | None,
-    scaling: float | torch.Tensor,
-    p: float,
-    stride: int | Sequence[int],
-) -> torch.Tensor:
-    """lora_linear over the channels, in the memory format that torch's convolution returns."""
-    dims = weight.dim() - 2
-    channels_last = not x.is_contiguous() and x.movedim(-dims - 1, -1).is_contiguous()
-    strides = [stride] * dims if isinstance(stride, int) else stride
-    for dim, step in enumerate(strides, -dims):
-        x = x if step == 1 else x.movedim(dim, 0)[::step].movedim(0, dim)
-    factors = (weight.flatten(1), lora_a.flatten(1), lora_b.flatten(1))
-    rows = x.movedim(-dims - 1, -1)
-    y = lora_linear(rows, *factors, bias=bias, scaling=scaling, p=p).movedim(-1, -dims - 1)
-    return y if channels_last else y.contiguous()
-
-
 def _add_update(
     y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, groups: int, dims: int
 ) -> torch.Tensor:
     """y + B S, group by group; y (..., N, *size), S (..., R, *size), B (N, R / groups).
 
-    The batched product adds while it multiplies; the CPU's of half precision is slower than a
-    convolution and a sum.
+    The batched product adds while it multiplies, where y has the layout for it.
     """
-    half_on_cpu = y.device.type == "cpu" and y.element_size() < 4
-    if y.dtype is not s.dtype or not y.is_contiguous() or half_on_cpu:
+    if y.dtype is not s.dtype or not y.is_contiguous():
         kernel = b.view(*b.shape, *(1,) * dims)
         return (y + _CONVOLUTIONS[dims + 2](s, kernel, groups=groups)).to(y.dtype)
     n, r = b.shape
@@ -130,12 +117,18 @@ def _add_update(
     return torch.baddbmm(y.view(b.shape[0], n // groups, size), b, update).view(y.shape)
 
 
+def _each(value: int | Sequence[int], dims: int) -> list[int]:
+    """One for every dimension, as torch's convolutions read it."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * dims if len(values) == 1 else values
+
+
 def _sides(
     padding: int | str | Sequence[int], dilation: int | Sequence[int], kernel: Sequence[int]
 ) -> list[int]:
     """What F.pad takes: left and right of every dimension, the last first."""
     dims = len(kernel)
-    dilations = [dilation] * dims if isinstance(dilation, int) else list(dilation)
+    dilations = _each(dilation, dims)
     if padding == "valid":
         padding = 0
     sides: list[int] = []
@@ -146,7 +139,7 @@ def _sides(
         elif isinstance(padding, str):
             reject("lora_conv", "padding", "'same', 'valid' or sizes", repr(padding))
         else:
-            sides += [padding if isinstance(padding, int) else padding[i]] * 2
+            sides += [_each(padding, dims)[i]] * 2
     return sides
 
 

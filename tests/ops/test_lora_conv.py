@@ -122,7 +122,10 @@ def test_gradcheck(name: str) -> None:
 def test_dropout_is_of_the_update_alone_and_has_its_expectation(name: str) -> None:
     _, arguments = make(1, name, torch.float32)
     x = torch.randn(2, 4, 9)
-    base = F.lora_conv(x, **arguments, scaling=0.0)
+    # Another probability of the same path: without dropout, a pointwise one may take another.
+    base = F.lora_conv(x, **arguments, scaling=0.0, p=0.2)
+    wide = F.lora_conv(x.double(), **doubled(arguments), scaling=0.0)
+    assert_accurate(base, wide, F.lora_conv(x, **arguments, scaling=0.0))
     assert_exact(F.lora_conv(x, **arguments, scaling=0.0, p=0.9), base, "the base's output")
     torch.manual_seed(1)
     first = F.lora_conv(x, **arguments, p=0.5)
@@ -280,3 +283,10 @@ def test_what_does_not_fit_an_embedding(change: dict, message: str) -> None:
     arguments = {"indices": INDICES, "weight": base.weight, "lora_a": a, "lora_b": b, **change}
     with pytest.raises((TypeError, ValueError), match=f"lora_embedding: expected {message}"):
         F.lora_embedding(**arguments)
+
+
+def test_one_stride_for_all_dimensions_as_torch_reads_it() -> None:
+    _, arguments = make(2, "pointwise stride")
+    x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    expected = F.lora_conv(x, **arguments)
+    torch.testing.assert_close(F.lora_conv(x, **{**arguments, "stride": (2,)}), expected)
