@@ -3,6 +3,7 @@
 from pyfastft.functional.conv import lora_conv
 from pyfastft.functional.dora import dora_linear, dora_norm, scale_columns
 from pyfastft.functional.embedding import lora_embedding
+from pyfastft.functional.int4 import int4_dequantize, int4_linear, int4_lora_linear
 from pyfastft.functional.linear import lora_linear, pack_weight, unpack_weight
 from pyfastft.functional.several import lora_adapters, lora_projections
 from pyfastft.functional.sums import abs_row_sums
@@ -11,6 +12,9 @@ __all__ = [
     "abs_row_sums",
     "dora_linear",
     "dora_norm",
+    "int4_dequantize",
+    "int4_linear",
+    "int4_lora_linear",
     "lora_adapters",
     "lora_conv",
     "lora_embedding",
