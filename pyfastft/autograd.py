@@ -1,12 +1,19 @@
 """The ops' ``autograd.Function`` classes, for code that applies Functions itself."""
 
 from pyfastft.ops.lora import AbsRowSumsFunction, LoRALinearFunction, ScaleColumnsFunction
-from pyfastft.ops.ptq4 import Int4LinearFunction, Int4LoRALinearFunction
+from pyfastft.ops.ptq4 import (
+    FakeQuantize4Function,
+    Int4LinearFunction,
+    Int4LoRALinearFunction,
+    Int8LinearFunction,
+)
 
 __all__ = [
     "AbsRowSumsFunction",
+    "FakeQuantize4Function",
     "Int4LinearFunction",
     "Int4LoRALinearFunction",
+    "Int8LinearFunction",
     "LoRALinearFunction",
     "ScaleColumnsFunction",
 ]

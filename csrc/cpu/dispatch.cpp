@@ -21,7 +21,9 @@ int detect() {
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
     return FT_AVX2;
-  return __builtin_cpu_supports("avx512bf16") ? FT_AVX512_BF16 : FT_AVX512;
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")
+             ? FT_AVX512_BF16
+             : FT_AVX512;
 #else
   return FT_SCALAR;
 #endif

@@ -7,7 +7,8 @@
 // inside one would be shared, through its weak symbol, with code that must run everywhere. For the
 // same reason bodies instantiate no template of std:: and define nothing with external linkage.
 //
-// Inside a body: FT_LANES, floats per vector; FT_BF16_DOT, whether vdpbf16ps exists.
+// Inside a body: FT_LANES, floats per vector; FT_BF16_DOT, whether vdpbf16ps exists; FT_VNNI,
+// whether vpdpbusd does, which every CPU with the former has.
 #include <cstdint>
 #include <cstring>
 #if defined(__x86_64__)
@@ -31,6 +32,7 @@
 
 #define FT_LANES 4
 #define FT_BF16_DOT 0
+#define FT_VNNI 0
 namespace fastft {
 namespace scalar {
 #include FT_BODY
@@ -38,6 +40,7 @@ namespace scalar {
 }  // namespace fastft
 #undef FT_LANES
 #undef FT_BF16_DOT
+#undef FT_VNNI
 
 #if defined(__x86_64__)
 
@@ -54,6 +57,7 @@ namespace scalar {
 
 #define FT_LANES 8
 #define FT_BF16_DOT 0
+#define FT_VNNI 0
 FT_REGION_BEGIN("avx2,fma,f16c")
 namespace fastft {
 namespace avx2 {
@@ -72,9 +76,11 @@ namespace avx512 {
 }  // namespace fastft
 FT_REGION_END
 #undef FT_BF16_DOT
+#undef FT_VNNI
 
 #define FT_BF16_DOT 1
-FT_REGION_BEGIN("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
+#define FT_VNNI 1
+FT_REGION_BEGIN("avx512bf16,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
 namespace fastft {
 namespace avx512_bf16 {
 #include FT_BODY
@@ -83,6 +89,7 @@ namespace avx512_bf16 {
 FT_REGION_END
 #undef FT_LANES
 #undef FT_BF16_DOT
+#undef FT_VNNI
 
 #endif  // __x86_64__
 

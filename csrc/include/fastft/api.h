@@ -167,6 +167,60 @@ FT_API int ft_cpu_abs_row_sums_backward(void* du, void* dv, void* dw, const floa
                                         int64_t w_stride_n, int64_t w_stride_k, int32_t dtype,
                                         int32_t threads);
 
+// ---- ptq4: quantized activations ------------------------------------------------------------
+
+// y = x^ W^T + b with W[n, perm[j]] = scale[n, g] * (code[n, j] - zero[n, g]), g = j / group_size,
+// and x^ = x with every group of a row rounded to 8 bits, symmetric; see pyfastft/ops/ptq4.md.
+// [out] y (m, n); [in] x (m, k), codes (n, ceil(k / 2)) with the low nibble first, scale (n,
+// groups) float or bfloat16, zero (n, groups): uint8, or with float_zero float; or null, which is
+// 8; perm (k) or null; bias (n) or null.
+FT_API int ft_cpu_int4_linear_a8(void* y, const void* x, const uint8_t* codes, const void* scale,
+                                 const void* zero, const int32_t* perm, const void* bias, int64_t m,
+                                 int64_t n, int64_t k, int64_t group_size, int64_t x_stride_m,
+                                 int64_t x_stride_k, int32_t scale_dtype, int32_t float_zero,
+                                 int32_t dtype, int32_t threads);
+
+// The same with x^ = x_scale * (clamp(round(x / x_scale) + zero, 0, 15) - zero), zero being x_zero
+// rounded and clamped. [in] x_scale, x_zero: (x_groups), 1 or the weight's groups.
+FT_API int ft_cpu_int4_linear_a4(void* y, const void* x, const uint8_t* codes, const void* scale,
+                                 const uint8_t* zero, const int32_t* perm, const void* bias,
+                                 const float* x_scale, const float* x_zero, int64_t m, int64_t n,
+                                 int64_t k, int64_t group_size, int64_t x_groups,
+                                 int64_t x_stride_m, int64_t x_stride_k, int32_t scale_dtype,
+                                 int32_t dtype, int32_t threads);
+
+// y = x^ of ft_cpu_int4_linear_a4. [out] y (m, k); feature perm[j] is in group j / group_size.
+FT_API int ft_cpu_fake_quantize4(void* y, const void* x, const float* x_scale, const float* x_zero,
+                                 const int32_t* perm, int64_t m, int64_t k, int64_t group_size,
+                                 int64_t x_groups, int64_t x_stride_m, int64_t x_stride_k,
+                                 int32_t dtype, int32_t threads);
+
+// Its gradients, straight through the roundings. [out] dx (m, k), dscale (x_groups), dzero
+// (x_groups), or null; [in] grad (m, k).
+FT_API int ft_cpu_fake_quantize4_backward(void* dx, float* dscale, float* dzero, const void* grad,
+                                          const void* x, const float* x_scale, const float* x_zero,
+                                          const int32_t* perm, int64_t m, int64_t k,
+                                          int64_t group_size, int64_t x_groups,
+                                          int64_t grad_stride_m, int64_t grad_stride_k,
+                                          int64_t x_stride_m, int64_t x_stride_k, int32_t dtype,
+                                          int32_t threads);
+
+// y = x W^T + b with W[n, k] = scale[n] * code[n, k], accumulated in float32.
+// [out] y (m, n); [in] x (m, k), codes (n, k), scale (n), bias (n) or null.
+FT_API int ft_cpu_int8_linear(void* y, const void* x, const int8_t* codes, const float* scale,
+                              const void* bias, int64_t m, int64_t n, int64_t k, int64_t x_stride_m,
+                              int64_t x_stride_k, int64_t codes_stride_n, int64_t codes_stride_k,
+                              int32_t dtype, int32_t threads);
+
+// [out] dx (m, k) = grad W, dscale (n) float = sum_k (grad^T x) * code, dbias (n) = sum_m grad, or
+// null; [in] grad (m, n); x (m, k) is read for dscale.
+FT_API int ft_cpu_int8_linear_backward(void* dx, float* dscale, void* dbias, const void* grad,
+                                       const void* x, const int8_t* codes, const float* scale,
+                                       int64_t m, int64_t n, int64_t k, int64_t grad_stride_m,
+                                       int64_t grad_stride_n, int64_t x_stride_m,
+                                       int64_t x_stride_k, int64_t codes_stride_n,
+                                       int64_t codes_stride_k, int32_t dtype, int32_t threads);
+
 // The five stages around torch's GEMM on a GPU; scaling, rng and workspaces are device pointers.
 // x and grad have a row stride and unit column stride. All reductions have a fixed order.
 

@@ -1,5 +1,17 @@
 """The ptq4 family's truth, one file per op. Symbols as in ``ops/ptq4.md``."""
 
-from pyfastft.reference.ptq4 import dequantize, linear, lora_linear
+from pyfastft.reference.ptq4 import (
+    dequantize,
+    fake_quantize4,
+    int8_linear,
+    linear,
+    lora_linear,
+)
 
-__all__ = ["dequantize", "linear", "lora_linear"]
+__all__ = [
+    "dequantize",
+    "fake_quantize4",
+    "int8_linear",
+    "linear",
+    "lora_linear",
+]

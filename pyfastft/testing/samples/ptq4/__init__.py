@@ -1,7 +1,19 @@
 """Samples of the ptq4 family, one file per op."""
 
-from pyfastft.testing.samples.ptq4 import dequantize, linear, lora_linear
+from pyfastft.testing.samples.ptq4 import (
+    dequantize,
+    fake_quantize4,
+    int8_linear,
+    linear,
+    lora_linear,
+)
 
-_FILES = (dequantize, linear, lora_linear)
+_FILES = (
+    dequantize,
+    linear,
+    lora_linear,
+    int8_linear,
+    fake_quantize4,
+)
 SAMPLES = {op: build for file in _FILES for op, build in file.SAMPLES.items()}
 REJECTS = {op: build for file in _FILES for op, build in file.REJECTS.items()}

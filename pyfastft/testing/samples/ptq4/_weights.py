@@ -95,7 +95,9 @@ def activation(shape: Int4Shape, precision: Precision, device: torch.device) -> 
     return draw.base(*shape.leading, k)
 
 
-def weight_rejects(reject: Callable[..., Reject], weight: Weight) -> Iterator[Reject]:
+def weight_rejects(
+    reject: Callable[..., Reject], weight: Weight, *, codebooks: bool = True
+) -> Iterator[Reject]:
     """What every op of the family refuses of a weight of N = 5, K = 7, g = 4."""
     codes, scale, zero, _ = weight
     assert zero is not None
@@ -113,5 +115,7 @@ def weight_rejects(reject: Callable[..., Reject], weight: Weight) -> Iterator[Re
     yield reject("perm-dtype", "perm", perm, TypeError, "dtype int32", "int64")
     yield reject("perm-short", "perm", perm[:6].int(), ValueError, "shape (7,)", "(6,)")
     yield reject("group-size-0", "group_size", 0, ValueError, "at least 1", "0")
+    if not codebooks:
+        return
     yield reject("codebook", "codebook", "int3", ValueError, "int4 or nf4 or fp4", "'int3'")
     yield reject("zero-of-nf4", "codebook", "nf4", ValueError, "None", "a tensor", at="zero")

@@ -1,0 +1,8 @@
+"""The ptq4 family on Triton, one module per op; importing the family registers them."""
+
+from pyfastft.triton_kernels.ptq4 import (
+    fake_quantize4,
+    int8_linear,
+)
+
+__all__ = ["fake_quantize4", "int8_linear"]
