@@ -12,6 +12,20 @@
 
 namespace {
 
+// Depth in groups, whose sums are scaled in float32, by column, before they are added up. With
+// zeros a group's sum is lessened first by the column's zero times the sum of the group's row of
+// items.
+struct Groups {
+  int64_t items;  // in a group; the last may be short
+  // The scales, and where there are any the zeros, of so many lines of the columns from `line` on
+  // and groups [first, last), as [group][strip][lane] of two strips.
+  void (*read)(const void* source, int64_t line, int lines, int64_t first, int64_t last,
+               float* scales, float* zeros);
+  const void* source;
+  const float* row_sums;  // [row][group], or null: there are no zeros
+  int64_t row_stride;     // of row_sums
+};
+
 struct Product {
   Operand rows, columns;
   Depth depth;
@@ -19,6 +33,8 @@ struct Product {
   const uint8_t* mask;  // selects from the scaled sum by element of C, or null
   int64_t mask_row_stride;
   int64_t mask_element = 0;  // the mask's index of the element (0, 0) of C
+  // Where columns are not multiplied as they lie by Operand::multiply, which scales by itself.
+  const Groups* groups = nullptr;
   // The rows of C that it is added to. The first product has them all.
   int64_t first_row = 0, end_row = INT64_MAX;
 };
@@ -39,6 +55,8 @@ constexpr int kTileColumns = 2 * kLanes;
 // Strips of neighbouring lines that are packed together where nobody else needs them.
 constexpr int64_t kStripsAcross = 8;
 constexpr int kBlockRows = kTileRows * (224 / kTileRows);
+// The fewest items in a group of depth.
+constexpr int64_t kLeastGroupItems = 4;
 // Packed operands larger than this are made in parts.
 constexpr int64_t kPanelBytes = int64_t(16) << 20;
 // Fewer multiply-adds than this are not worth waking a thread for.
@@ -67,6 +85,14 @@ inline Product scaled(Product q, float scale, const uint8_t* mask = nullptr,
 
 // ---- register tiles ------------------------------------------------------------------------
 
+// The part of Groups that a register tile lands on.
+struct GroupedLanding {
+  int64_t first_items, items;   // in the tile's first group, and in those after it
+  const float *scales, *zeros;  // [group][strip][lane]
+  const float* row_sums;        // of the tile's first row and group
+  int64_t row_stride;
+};
+
 // What becomes of the sums of a register tile.
 struct Landing {
   float* tile;
@@ -76,6 +102,7 @@ struct Landing {
   const uint8_t* mask;               // or null
   int64_t element, mask_row_stride;  // the mask's index of the tile's first element
   int64_t first_row, end_row;        // of the tile, that the sums are wanted of
+  GroupedLanding groups;
 
   // Strip j of row i.
   FT_INLINE void add_up(int i, int j, Vec total) const {
@@ -84,74 +111,102 @@ struct Landing {
     float* at = tile + i * pitch + j * kLanes;
     store(at, accumulate ? add(load(at), total) : total);
   }
+
+  // The same for the sum of a group, counted from the first of the tile's.
+  FT_INLINE void add_up(int i, int j, int64_t group, Vec total) const {
+    const int64_t strip = (2 * group + j) * kLanes;
+    if (groups.row_sums)
+      total = sub_product(total, load(groups.zeros + strip),
+                          splat(groups.row_sums[i * groups.row_stride + group]));
+    total = mul(total, splat(scale));
+    float* at = tile + i * pitch + j * kLanes;
+    const Vec by = load(groups.scales + strip);
+    store(at, accumulate || group ? fma(total, by, load(at)) : mul(total, by));
+  }
 };
 
 // tile (+)= rows^T columns over `items` items; column strips are column_strip floats apart.
-template <int kRows, int kStrips, bool kPairs>
+template <int kRows, int kStrips, bool kPairs, bool kGrouped>
 void register_tile(const float* rows, const float* columns, int64_t column_strip, int64_t items,
                    Ahead ahead, const Landing& to) {
-  Vec sum[kRows][kStrips];
+  int64_t p = 0, group = 0, end = kGrouped ? lesser(items, to.groups.first_items) : items;
+  do {
+    Vec sum[kRows][kStrips];
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i)
+    for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < kStrips; ++j) sum[i][j] = zero();
-  for (int64_t p = 0; p < items; ++p) {
-    Vec column[kStrips];
+      for (int j = 0; j < kStrips; ++j) sum[i][j] = zero();
+    for (; p < end; ++p) {
+      Vec column[kStrips];
 #pragma GCC unroll 2
-    for (int j = 0; j < kStrips; ++j) {
-      __builtin_prefetch(ahead.at + j * ahead.strip, 0, 2);
-      column[j] = load(columns + j * column_strip + p * kLanes);
+      for (int j = 0; j < kStrips; ++j) {
+        if (!kGrouped) __builtin_prefetch(ahead.at + j * ahead.strip, 0, 2);
+        column[j] = load(columns + j * column_strip + p * kLanes);
+      }
+      if (!kGrouped) ahead.at += (p + 1) % kLanes ? ahead.step : ahead.step + ahead.jump;
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
+        const Vec row = splat(rows[p * kLanes + i]);
+#pragma GCC unroll 2
+        for (int j = 0; j < kStrips; ++j)
+          sum[i][j] = multiply_add<kPairs>(row, column[j], sum[i][j]);
+      }
     }
-    ahead.at += (p + 1) % kLanes ? ahead.step : ahead.step + ahead.jump;
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const Vec row = splat(rows[p * kLanes + i]);
+      if (i < to.first_row || i >= to.end_row) continue;
 #pragma GCC unroll 2
-      for (int j = 0; j < kStrips; ++j) sum[i][j] = multiply_add<kPairs>(row, column[j], sum[i][j]);
+      for (int j = 0; j < kStrips; ++j)
+        kGrouped ? to.add_up(i, j, group, sum[i][j]) : to.add_up(i, j, sum[i][j]);
     }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
-    if (i < to.first_row || i >= to.end_row) continue;
-#pragma GCC unroll 2
-    for (int j = 0; j < kStrips; ++j) to.add_up(i, j, sum[i][j]);
-  }
+    if (kGrouped) end = lesser(items, end + to.groups.items);
+    ++group;
+  } while (kGrouped && p < items);
 }
 
 using RegisterTile = void (*)(const float*, const float*, int64_t, int64_t, Ahead, const Landing&);
 
 // Strips of fewer rows run the next even height; the packed zeros below cost less than more code.
-template <int kStrips, bool kPairs>
+template <int kStrips, bool kPairs, bool kGrouped>
 RegisterTile tile_of_height(int rows) {
   switch ((rows + 1) / 2) {
     case 1:
-      return register_tile<2, kStrips, kPairs>;
+      return register_tile<2, kStrips, kPairs, kGrouped>;
     case 2:
-      return register_tile<4, kStrips, kPairs>;
+      return register_tile<4, kStrips, kPairs, kGrouped>;
 #if FT_LANES >= 8
     case 3:
-      return register_tile<6, kStrips, kPairs>;
+      return register_tile<6, kStrips, kPairs, kGrouped>;
 #endif
 #if FT_LANES >= 16
     case 4:
-      return register_tile<8, kStrips, kPairs>;
+      return register_tile<8, kStrips, kPairs, kGrouped>;
     case 5:
-      return register_tile<10, kStrips, kPairs>;
+      return register_tile<10, kStrips, kPairs, kGrouped>;
     case 6:
-      return register_tile<12, kStrips, kPairs>;
+      return register_tile<12, kStrips, kPairs, kGrouped>;
 #endif
     default:
-      return register_tile<kTileRows, kStrips, kPairs>;
+      return register_tile<kTileRows, kStrips, kPairs, kGrouped>;
   }
 }
 
-inline RegisterTile choose_tile(int rows, int strips, bool pairs) {
+template <bool kPairs, bool kGrouped>
+RegisterTile tile_of(int rows, int strips) {
+  return strips == 1 ? tile_of_height<1, kPairs, kGrouped>(rows)
+                     : tile_of_height<2, kPairs, kGrouped>(rows);
+}
+
+// Only pairs come in groups: scales of float32 columns are multiplied in where they are packed.
+inline RegisterTile choose_tile(int rows, int strips, bool pairs, bool grouped) {
 #if FT_BF16_DOT
-  if (pairs) return strips == 1 ? tile_of_height<1, true>(rows) : tile_of_height<2, true>(rows);
+  if (grouped) return tile_of<true, true>(rows, strips);
+  if (pairs) return tile_of<true, false>(rows, strips);
 #else
   (void)pairs;
+  (void)grouped;
 #endif
-  return strips == 1 ? tile_of_height<1, false>(rows) : tile_of_height<2, false>(rows);
+  return tile_of<false, false>(rows, strips);
 }
 
 // ---- results -------------------------------------------------------------------------------
@@ -237,18 +292,41 @@ inline Landing landing(const Gemm& g, const Product& q, int64_t s, int64_t strip
           q.mask_element + g.rows.line(s) * q.mask_row_stride + g.columns.line(strip),
           q.mask_row_stride,
           greater(0, q.first_row - g.rows.line(s)),
-          lesser(g.rows.lines(s), q.end_row - g.rows.line(s))};
+          lesser(g.rows.lines(s), q.end_row - g.rows.line(s)),
+          {}};
 }
 
-// What a worker of gemm needs: a block of C, columns it packs itself, rows that it reorders.
+// What a worker of gemm needs: a block of C, columns it packs itself, rows that it reorders, and
+// the scales and zeros of two strips of columns.
 struct Workspace {
-  float *tile, *columns, *rows;
+  float *tile, *columns, *rows, *scales, *zeros;
 
   static constexpr int64_t kTile = int64_t(kBlockRows) * kBlockColumns;
   static constexpr int64_t kColumns = kStripsAcross * kLanes * kDepthItems;
   static constexpr int64_t kRows = kFewRows * kMostRowItems;
-  static constexpr int64_t kFloats = kTile + kColumns + kRows;
+  static constexpr int64_t kScales = 2 * kLanes * (kDepthItems / kLeastGroupItems + 2);
+  static constexpr int64_t kFloats = kTile + kColumns + kRows + 2 * kScales;
+
+  explicit Workspace(float* at)
+      : tile(at),
+        columns(tile + kTile),
+        rows(columns + kColumns),
+        scales(rows + kRows),
+        zeros(scales + kScales) {}
 };
+
+// The groups of a block of depth from item p on, for two strips of columns from `line` on.
+inline GroupedLanding read_groups(const Groups& groups, int64_t line, int lines, int64_t p,
+                                  int64_t block, const Workspace& work) {
+  const int64_t first = p / groups.items, last = ceil_div(p + block, groups.items);
+  groups.read(groups.source, line, lines, first, last, work.scales, work.zeros);
+  return {(first + 1) * groups.items - p,
+          groups.items,
+          work.scales,
+          work.zeros,
+          groups.row_sums ? groups.row_sums + first : nullptr,
+          groups.row_stride};
+}
 
 // Add product q to row strips [i0, i1) by column strips [j0, j1) of the workspace's tile.
 inline void add_product(const Gemm& g, const Product& product, const Panel& row_panel,
@@ -278,14 +356,24 @@ inline void add_product(const Gemm& g, const Product& product, const Panel& row_
       else if (next < items)
         ahead = ahead_of(a, product.depth, g.columns.line(j0 + within), next);
       const int strips = int(lesser(2, j1 - strip));
+      GroupedLanding groups{};
+      if (product.groups) {
+        const int64_t line = g.columns.line(strip);
+        groups = read_groups(*product.groups, line, int(lesser(2 * kLanes, g.columns.end - line)),
+                             p, block, work);
+      }
       for (int64_t s = i0; s < i1; ++s) {
         const int64_t row = g.rows.line(s) - g.rows.line(i0);
         if (g.rows.line(s) >= product.end_row ||
             g.rows.line(s) + g.rows.lines(s) <= product.first_row)
           continue;
-        const Landing to = landing(g, product, s, strip, accumulate || p > 0,
-                                   work.tile + row * pitch + (strip - j0) * kLanes, pitch);
-        choose_tile(g.rows.lines(s), strips, product.depth.pairs)(
+        Landing to = landing(g, product, s, strip, accumulate || p > 0,
+                             work.tile + row * pitch + (strip - j0) * kLanes, pitch);
+        if (product.groups) {
+          to.groups = groups;
+          if (groups.row_sums) to.groups.row_sums += g.rows.line(s) * groups.row_stride;
+        }
+        choose_tile(g.rows.lines(s), strips, product.depth.pairs, product.groups != nullptr)(
             row_panel.at(p, s, block), columns, block * kLanes, block, ahead, to);
       }
     }
@@ -366,12 +454,12 @@ inline void make_panels(Scratch which, const Product* products, int count,
   for (int q = 0; q < count; ++q) {
     const Operand& a = products[q].*operand;
     panels[q] = {a.panel, a.panel_strips, strips.begin / strips.height};
-    if (!a.panel && all) floats += panel_floats(products[q].depth, strips);
+    if (!a.panel && all && !a.used_once) floats += panel_floats(products[q].depth, strips);
   }
   if (!floats) return;
   float* space = static_cast<float*>(scratch(which, floats * int64_t(sizeof(float))));
   for (int q = 0; q < count; ++q) {
-    if (panels[q].data) continue;
+    if (panels[q].data || (products[q].*operand).used_once) continue;
     missing[wanted++] = {products[q].*operand, products[q].depth, space};
     panels[q] = {space, strips.count(), 0};
     space += panel_floats(products[q].depth, strips);
@@ -426,8 +514,7 @@ inline void gemm(int64_t rows, int64_t columns, const Product* products, int cou
         const int64_t i0 = task / across * block_rows, j0 = task % across * block_columns;
         float* const own = workers + worker * Workspace::kFloats;
         compute_block(g, i0, lesser(i0 + block_rows, g.rows.count()), j0,
-                      lesser(j0 + block_columns, g.columns.count()),
-                      {own, own + Workspace::kTile, own + Workspace::kTile + Workspace::kColumns});
+                      lesser(j0 + block_columns, g.columns.count()), Workspace(own));
       });
     }
   }

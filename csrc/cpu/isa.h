@@ -18,6 +18,7 @@
 #include "cpu/pack.h"
 #include "cpu/parallel.h"
 #include "fastft/api.h"
+#include "fastft/codebook.h"
 #include "fastft/dtype.h"
 #include "fastft/philox.h"
 

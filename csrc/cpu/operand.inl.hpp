@@ -23,6 +23,8 @@ struct Operand {
   // Packed before, over its whole depth and all lines (see Panel), or null; `pack` is not called.
   const float* panel;
   int64_t panel_strips;
+  // Packed by every tile that uses it, however many do: it costs little, and would take much room.
+  bool used_once;
 };
 
 // Columns of a tile of C, whose rows are so many floats apart.
@@ -33,7 +35,8 @@ constexpr int64_t kPrefetchBytes = 512;
 constexpr int64_t kShortRun = 16;
 
 inline Operand dense(const void* data, int64_t line_stride, int64_t depth_stride) {
-  return {data, line_stride, depth_stride, 0, nullptr, nullptr, false, nullptr, 0, 0, nullptr, 0};
+  return {data, line_stride, depth_stride, 0, nullptr, nullptr, false, nullptr,
+          0,    0,           nullptr,      0, false};
 }
 
 template <bool kPairs>

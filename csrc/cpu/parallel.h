@@ -33,7 +33,18 @@ void parallel_for(int threads, int64_t tasks, const Body& body) {
 
 // The scratch buffers of one thread that calls kernels. They stay allocated from call to call,
 // because the page faults of a fresh buffer cost as much as a small kernel.
-enum class Scratch { kMask, kLowRank, kSharedRows, kRowPanels, kColumnPanels, kWorkers, kCount };
+enum class Scratch {
+  kMask,
+  kLowRank,
+  kSharedRows,
+  kOrdered,
+  kSums,
+  kGradient,
+  kRowPanels,
+  kColumnPanels,
+  kWorkers,
+  kCount
+};
 
 // At least `bytes` bytes, aligned for any vector, contents undefined; valid until the next request
 // for the same buffer from this thread. Throws std::bad_alloc.

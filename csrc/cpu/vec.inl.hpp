@@ -21,7 +21,9 @@ FT_INLINE Vec zero() { return _mm512_setzero_ps(); }
 FT_INLINE Vec splat(float x) { return _mm512_set1_ps(x); }
 FT_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 FT_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+FT_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 FT_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+FT_INLINE Vec sub_product(Vec c, Vec a, Vec b) { return _mm512_fnmadd_ps(a, b, c); }
 
 FT_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
 FT_INLINE Vec load(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
@@ -89,7 +91,9 @@ FT_INLINE Vec zero() { return _mm256_setzero_ps(); }
 FT_INLINE Vec splat(float x) { return _mm256_set1_ps(x); }
 FT_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 FT_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+FT_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 FT_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+FT_INLINE Vec sub_product(Vec c, Vec a, Vec b) { return _mm256_fnmadd_ps(a, b, c); }
 
 FT_INLINE __m256i lane_bits() { return _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128); }
 FT_INLINE __m256i spread(uint32_t bits) {
@@ -172,7 +176,9 @@ FT_INLINE Vec zero() { return Vec{}; }
 FT_INLINE Vec splat(float x) { return Vec{x, x, x, x}; }
 FT_INLINE Vec add(Vec a, Vec b) { return a + b; }
 FT_INLINE Vec mul(Vec a, Vec b) { return a * b; }
+FT_INLINE Vec sub(Vec a, Vec b) { return a - b; }
 FT_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+FT_INLINE Vec sub_product(Vec c, Vec a, Vec b) { return c - a * b; }
 
 FT_INLINE Vec load(const float* p) {
   Vec v;

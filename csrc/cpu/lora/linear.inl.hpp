@@ -110,7 +110,8 @@ inline void lora_down(const LoraCall& f, const LoraAdapter& a) {
   gemm(a.r, a.rows, &down, 1, result(a.xa, f.adapter_dtype, 1, a.r), f.threads);
 }
 
-inline void lora_forward(const LoraCall& f) {
+// `base`, where there is one, is that of the only layer, on all rows and with one adapter.
+inline void lora_forward(const LoraCall& f, const Product* base) {
   const ScratchScope scope;
   for (int64_t a = 0; a < f.adapter_count; ++a) lora_down(f, f.adapters[a]);
 
@@ -133,7 +134,9 @@ inline void lora_forward(const LoraCall& f) {
     for_each_part(f, first, end, [&](int64_t a, int64_t behind, int64_t row0, int64_t row1) {
       Product products[kMaxProducts];
       int count = 0;
-      if (has_base(layer)) {
+      if (base) {
+        products[count++] = *base;
+      } else if (has_base(layer)) {
         const Operand x = f.layer_count > 1 ? shared
                                             : dense(advanced(f.x, f.dtype, row0 * f.x_stride_m),
                                                     f.x_stride_m, f.x_stride_k);
@@ -221,6 +224,19 @@ inline void lora_adapter_backward(const LoraCall& f, const ft_lora_layer& layer,
   }
 }
 
+// db = sum over m of grad, whose transpose is given: a row of ones times grad, so that the sum has
+// the core's order and small error.
+inline void sum_rows(const Operand& grad_t, int64_t m, int64_t n, void* db, int32_t dtype,
+                     int threads) {
+  const uint16_t bf16_one = 0x3f80, fp16_one = 0x3c00;
+  const float one = 1.0f;
+  const void* ones = dtype == FT_FLOAT32    ? static_cast<const void*>(&one)
+                     : dtype == FT_BFLOAT16 ? static_cast<const void*>(&bf16_one)
+                                            : static_cast<const void*>(&fp16_one);
+  const Product sum = product(dense(ones, 0, 0), dtype, grad_t, dtype, m, kShortDepthItems);
+  gemm(1, n, &sum, 1, result(db, dtype, n, 1), threads);
+}
+
 inline void lora_base_backward(const LoraCall& f, const ft_lora_layer& layer) {
   const Operand grad_t = dense(layer.grad, layer.grad_stride_n, layer.grad_stride_m);
   if (layer.dweight) {
@@ -228,23 +244,15 @@ inline void lora_base_backward(const LoraCall& f, const ft_lora_layer& layer) {
     const Product sum = product(grad_t, f.dtype, x_t, f.dtype, f.m);
     gemm(layer.n, f.k, &sum, 1, result(layer.dweight, f.dtype, f.k, 1), f.threads);
   }
-  if (layer.dbias) {
-    // A row of ones times grad, so that the sum has the core's order and small error.
-    const uint16_t bf16_one = 0x3f80, fp16_one = 0x3c00;
-    const float one = 1.0f;
-    const void* ones = f.dtype == FT_FLOAT32    ? static_cast<const void*>(&one)
-                       : f.dtype == FT_BFLOAT16 ? static_cast<const void*>(&bf16_one)
-                                                : static_cast<const void*>(&fp16_one);
-    const Product sum = product(dense(ones, 0, 0), f.dtype, grad_t, f.dtype, f.m, kShortDepthItems);
-    gemm(1, layer.n, &sum, 1, result(layer.dbias, f.dtype, layer.n, 1), f.threads);
-  }
+  if (layer.dbias) sum_rows(grad_t, f.m, layer.n, layer.dbias, f.dtype, f.threads);
 }
 
 // dx = sum over layers of grad W + s * dropout(V A), of rows [row0, row1), by adapters [a, behind).
 inline void lora_dx(const LoraCall& f, int64_t a, int64_t behind, int64_t row0, int64_t row1,
-                    const uint8_t* masks, const float* t) {
+                    const uint8_t* masks, const float* t, const Product* base) {
   Product products[kMaxProducts];
   int count = 0;
+  if (base) products[count++] = *base;
   for (int64_t at = 0; at < f.layer_count; ++at) {
     const ft_lora_layer& layer = f.layers[at];
     if (!has_base(layer)) continue;
@@ -267,7 +275,7 @@ inline void lora_dx(const LoraCall& f, int64_t a, int64_t behind, int64_t row0, 
        result(advanced(f.dx, f.dtype, row0 * f.k), f.dtype, f.k, 1), f.threads);
 }
 
-inline void lora_backward(const LoraCall& f) {
+inline void lora_backward(const LoraCall& f, const Product* base) {
   const ScratchScope scope;
   uint8_t* const masks = static_cast<uint8_t*>(scratch(Scratch::kMask, f.masks_bytes + 1));
   float* const t =
@@ -285,14 +293,15 @@ inline void lora_backward(const LoraCall& f) {
   for (int64_t at = 0; at < f.layer_count; ++at) lora_base_backward(f, f.layers[at]);
   if (!f.dx) return;
   if (f.layer_count > 1)
-    lora_dx(f, 0, f.adapter_count, 0, f.m, masks, t);
+    lora_dx(f, 0, f.adapter_count, 0, f.m, masks, t, base);
   else
     for_each_part(f, 0, f.adapter_count,
                   [&](int64_t a, int64_t behind, int64_t row0, int64_t row1) {
-                    lora_dx(f, a, behind, row0, row1, masks, t);
+                    lora_dx(f, a, behind, row0, row1, masks, t, base);
                   });
 }
 
-constexpr LoraKernels kLora{lora_forward, lora_backward};
+constexpr LoraKernels kLora{[](const LoraCall& f) { lora_forward(f, nullptr); },
+                            [](const LoraCall& f) { lora_backward(f, nullptr); }};
 
 }  // namespace

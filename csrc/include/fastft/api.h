@@ -257,3 +257,54 @@ FT_API int ft_cuda_lora_down_grad_workspace(int64_t* floats, int64_t m, int64_t 
 FT_API int ft_cuda_lora_dx(void* dx, const float* t, const void* lora_a, const float* scaling,
                            const int64_t* rng, int64_t m, int64_t k, int64_t r, uint32_t threshold,
                            int32_t dtype, int32_t adapter_dtype, void* stream);
+
+// ---- ptq4 ----------------------------------------------------------------------------------
+
+// A 4-bit weight W (n, k), as pyfastft/ops/ptq4.md has it: codes (n, ceil(k / 2)), the lower nibble
+// first; scale (n, ceil(k / group_size)) of scale_dtype, float32 or bfloat16; zero of that shape,
+// of zero_kind, see codebook.h; perm (k) or null, the feature of each position. What perm holds is
+// checked before it is followed.
+
+// [out] weight (n, k): scale * (table[c] - zero), each rounded to float32, and once to dtype.
+FT_API int ft_cpu_int4_dequantize(void* weight, const uint8_t* codes, const void* scale,
+                                  const void* zero, const int32_t* perm, int64_t n, int64_t k,
+                                  int64_t group_size, int32_t codebook, int32_t zero_kind,
+                                  int32_t scale_dtype, int32_t dtype, int32_t threads);
+
+// y = x W^T + b. [out] y (m, n); [in] x (m, k), bias (n) or null.
+FT_API int ft_cpu_int4_linear(void* y, const void* x, const uint8_t* codes, const void* scale,
+                              const void* zero, const void* bias, const int32_t* perm, int64_t m,
+                              int64_t n, int64_t k, int64_t group_size, int64_t x_stride_m,
+                              int64_t x_stride_k, int32_t codebook, int32_t zero_kind,
+                              int32_t scale_dtype, int32_t dtype, int32_t threads);
+
+// With D = grad^T x: dx = grad W, dscale = sum over a group of D * (table[c] - zero), dzero =
+// -scale * sum over a group of D, dbias = sum_m grad.
+// [out] dx (m, k), dscale and dzero of the scale's shape and dtype, dbias (n); [in] grad (m, n);
+// x is read for dscale and dzero.
+FT_API int ft_cpu_int4_linear_backward(void* dx, void* dscale, void* dzero, void* dbias,
+                                       const void* grad, const void* x, const uint8_t* codes,
+                                       const void* scale, const void* zero, const int32_t* perm,
+                                       int64_t m, int64_t n, int64_t k, int64_t group_size,
+                                       int64_t grad_stride_m, int64_t grad_stride_n,
+                                       int64_t x_stride_m, int64_t x_stride_k, int32_t codebook,
+                                       int32_t zero_kind, int32_t scale_dtype, int32_t dtype,
+                                       int32_t threads);
+
+// ft_cpu_lora_linear and its gradients on a 4-bit weight, without a gate.
+FT_API int ft_cpu_int4_lora_linear(void* y, void* xa, const void* x, const uint8_t* codes,
+                                   const void* scale, const void* zero, const void* lora_a,
+                                   const void* lora_b, const void* bias, const float* scaling,
+                                   const int64_t* rng, const int32_t* perm, int64_t m, int64_t n,
+                                   int64_t k, int64_t r, int64_t group_size, int64_t x_stride_m,
+                                   int64_t x_stride_k, uint32_t threshold, int32_t codebook,
+                                   int32_t zero_kind, int32_t scale_dtype, int32_t dtype,
+                                   int32_t adapter_dtype, int32_t threads);
+FT_API int ft_cpu_int4_lora_linear_backward(
+    void* dx, void* dscale, void* dzero, void* dlora_a, void* dlora_b, void* dbias, float* dscaling,
+    const void* grad, const void* x, const uint8_t* codes, const void* scale, const void* zero,
+    const void* lora_a, const void* lora_b, const void* xa, const float* scaling,
+    const int64_t* rng, const int32_t* perm, int64_t m, int64_t n, int64_t k, int64_t r,
+    int64_t group_size, int64_t grad_stride_m, int64_t grad_stride_n, int64_t x_stride_m,
+    int64_t x_stride_k, uint32_t threshold, int32_t codebook, int32_t zero_kind,
+    int32_t scale_dtype, int32_t dtype, int32_t adapter_dtype, int32_t threads);
