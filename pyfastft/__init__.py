@@ -2,30 +2,41 @@
 
 from pyfastft import autograd, functional, nn
 from pyfastft._op import Explanation, backend, explain
-from pyfastft.config import LoRA
+from pyfastft.config import PTQ4, LoRA
 from pyfastft.conversion import Report, convert, merge, pack, revert, unmerge, unpack
+from pyfastft.formats.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, verify
 from pyfastft.formats.peft import hotswap_adapter, load_adapter, save_adapter
 from pyfastft.functional import lora_linear
+from pyfastft.quantization.model import dequantize, quantize
+from pyfastft.quantization.tensor import QTensor4
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PTQ4",
+    "Checkpoint",
     "Explanation",
     "LoRA",
+    "QTensor4",
     "Report",
     "autograd",
     "backend",
     "convert",
+    "dequantize",
     "explain",
     "functional",
     "hotswap_adapter",
     "load_adapter",
+    "load_checkpoint",
     "lora_linear",
     "merge",
     "nn",
     "pack",
+    "quantize",
     "revert",
     "save_adapter",
+    "save_checkpoint",
     "unmerge",
     "unpack",
+    "verify",
 ]

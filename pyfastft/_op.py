@@ -362,11 +362,11 @@ def needs_of(ctx: Any, inputs: tuple[Any, ...]) -> list[Any]:
     ]
 
 
-def not_differentiable(name: str) -> None:
+def not_differentiable(name: str, why: str = "double backward is not implemented") -> None:
     """Make differentiating an op an error; a plain operator only warns, then may be wrong."""
 
     def backward(ctx: Any, *grads: Any) -> None:
-        raise NotImplementedError(f"{name}: double backward is not implemented")
+        raise NotImplementedError(f"{name}: {why}")
 
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, lib=_LIBRARY)
 

@@ -6,31 +6,41 @@ import difflib
 import re
 import sys
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from torch import nn
 
 from pyfastft._report import leaf
-from pyfastft.config import ALL_LINEAR, LoRA
+from pyfastft.config import ALL_LINEAR, Targeted
 from pyfastft.nn._adapters import why_not
 from pyfastft.nn._layer import LoRALayer
+from pyfastft.nn.int4 import Int4Linear
 from pyfastft.nn.lora import is_conv1d
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The modules to convert by name, as they are without an adapter, and why others are not."""
+    """The modules to change by name, as they are without an adapter, and why others are not."""
 
     modules: dict[str, nn.Module]
     skipped: dict[str, str]
 
 
-def plan(model: nn.Module, config: LoRA, *, strict: bool = True) -> Plan:
+def plan(
+    model: nn.Module,
+    config: Targeted,
+    *,
+    strict: bool = True,
+    caller: str = "convert",
+    why_not: Callable[[nn.Module], str | None] = why_not,
+) -> Plan:
     """What a conversion of the model would do.
 
     Args:
         strict: let every single target match a module, not just one of them.
+        caller: what errors begin with.
+        why_not: says why a module cannot be changed, or None where it can.
 
     Raises:
         ValueError: nothing would be converted, or a target names nothing; suggests near names.
@@ -38,7 +48,7 @@ def plan(model: nn.Module, config: LoRA, *, strict: bool = True) -> Plan:
     named = {name: _without_adapter(module) for name, module in model.named_modules() if name}
     targets, skipped = _resolve(model, named, config.targets)
     if strict:
-        _expect_each_to_match(config.targets, named)
+        _expect_each_to_match(caller, config.targets, named)
     parents = {name: named.get(name.rpartition(".")[0], model) for name in named}
     modules = {}
     for name, module in named.items():
@@ -56,8 +66,7 @@ def plan(model: nn.Module, config: LoRA, *, strict: bool = True) -> Plan:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:5])
         got = f"none among {len(skipped)} matches ({reasons})" if skipped else "no match"
         raise ValueError(
-            f"convert: expected targets of modules that can be converted, got {got}"
-            + _common(named)
+            f"{caller}: expected targets of modules that can be changed, got {got}" + _common(named)
         )
     return Plan(modules, skipped)
 
@@ -69,7 +78,7 @@ def names_module(targets: str | Collection[str], name: str) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def in_layers(config: LoRA, targets: Collection[str], name: str) -> bool:
+def in_layers(config: Targeted, targets: Collection[str], name: str) -> bool:
     """Whether the module's layer is one of ``config.layers``.
 
     A target that is the whole name is meant whatever its layer.
@@ -89,7 +98,7 @@ def in_layers(config: LoRA, targets: Collection[str], name: str) -> bool:
     return False
 
 
-def selects_exactly(config: LoRA, model: nn.Module, names: Collection[str]) -> bool:
+def selects_exactly(config: Targeted, model: nn.Module, names: Collection[str]) -> bool:
     """Whether the config's own words mean these modules and no others, by the rules alone."""
     targets = config.targets
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
@@ -110,7 +119,7 @@ def _without_adapter(module: nn.Module) -> nn.Module:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    return isinstance(module, nn.Linear | Int4Linear) or is_conv1d(module)
 
 
 def _resolve(
@@ -146,7 +155,9 @@ def _is_bypassed(parent: nn.Module, module: nn.Module) -> str | None:
     return None
 
 
-def _expect_each_to_match(targets: str | Collection[str], named: dict[str, nn.Module]) -> None:
+def _expect_each_to_match(
+    caller: str, targets: str | Collection[str], named: dict[str, nn.Module]
+) -> None:
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         return
     for target in (targets,) if isinstance(targets, str) else targets:
@@ -156,7 +167,7 @@ def _expect_each_to_match(targets: str | Collection[str], named: dict[str, nn.Mo
         near = difflib.get_close_matches(target, candidates, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(
-            f"convert: expected targets of names in the model, got {target!r}{hint}"
+            f"{caller}: expected targets of names in the model, got {target!r}{hint}"
             + _common(named)
         )
 

@@ -7,9 +7,14 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-__all__ = ["LoRA"]
+from pyfastft._codebook import CODEBOOKS
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["PTQ4", "LoRA"]
 
 ALL_LINEAR = "all-linear"
 
@@ -17,10 +22,66 @@ _INITS = ("kaiming", "gaussian", "random")
 _BIASES = ("none", "all", "lora_only")
 _FLOAT32_MAX = 3.4028234663852886e38
 _DTYPES = ("float32", "base")
+_METHODS = ("rtn", "hqq")
+_SCALE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA:
+class Targeted:
+    """What every config has that is about some of a model's modules, by PEFT's rules.
+
+    Args:
+        targets: which modules. A list: names, or the ends of names after a dot. A string: a
+            regular expression that the whole name matches, or ``"all-linear"``: every nn.Linear
+            and Conv1D but the output head of a transformers model.
+        exclude: modules to leave alone, a list or a regular expression as ``targets``.
+        layers: indices of the layers to change, one or a list; needs a list of targets.
+        layers_pattern: names of the module lists that ``layers`` counts in; by default the first
+            number in a module's name is its layer.
+    """
+
+    targets: str | Collection[str] = ALL_LINEAR
+    exclude: str | Collection[str] = ()
+    layers: int | Collection[int] | None = None
+    layers_pattern: str | Collection[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "exclude"):
+            self._freeze(name, _names(name, getattr(self, name)))
+        if not self.targets:
+            _reject("targets", "at least one name", self.targets)
+        self._freeze("layers", _layers(self.layers))
+        if self.layers_pattern is not None:
+            self._freeze("layers_pattern", _names("layers_pattern", self.layers_pattern))
+        if self.layers_pattern and self.layers is None:
+            _reject("layers", "one index or more beside layers_pattern", None)
+        for name in ("layers", "layers_pattern"):
+            if isinstance(self.targets, str) and getattr(self, name) is not None:
+                _reject(name, "no value where targets is a string", getattr(self, name))
+
+    def _freeze(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON's types."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            name: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v
+            for name, v in values.items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The config of what :meth:`to_dict` gave; unknown keys raise ValueError."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                _reject(str(name), f"one of {', '.join(known)}", "an unknown key")
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Targeted):
     r"""Low-rank adapters: :math:`W x + s B A x`, with PEFT's semantics.
 
     On linear layers, convolutions and embeddings.
@@ -60,10 +121,6 @@ class LoRA:
     r: int = 8
     alpha: float = 8
     dropout: float = 0.0
-    targets: str | Collection[str] = ALL_LINEAR
-    exclude: str | Collection[str] = ()
-    layers: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
     use_rslora: bool = False
@@ -78,18 +135,7 @@ class LoRA:
         _expect_number("dropout", self.dropout)
         if not 0 <= self.dropout <= 1:
             _reject("dropout", "a probability", self.dropout)
-        for name in ("targets", "exclude"):
-            self._freeze(name, _names(name, getattr(self, name)))
-        if not self.targets:
-            _reject("targets", "at least one name", self.targets)
-        self._freeze("layers", _layers(self.layers))
-        if self.layers_pattern is not None:
-            self._freeze("layers_pattern", _names("layers_pattern", self.layers_pattern))
-        if self.layers_pattern and self.layers is None:
-            _reject("layers", "one index or more beside layers_pattern", None)
-        for name in ("layers", "layers_pattern"):
-            if isinstance(self.targets, str) and getattr(self, name) is not None:
-                _reject(name, "no value where targets is a string", getattr(self, name))
+        super().__post_init__()
         for name, expect in (("rank_pattern", _expect_rank), ("alpha_pattern", _expect_number)):
             self._freeze(name, _pattern(name, getattr(self, name), expect))
         for name in ("use_rslora", "lora_bias"):
@@ -101,9 +147,6 @@ class LoRA:
         if self.lora_bias and self.init == "gaussian":
             _reject("init", "'kaiming' or 'random' beside lora_bias", self.init)
 
-    def _freeze(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-
     def rank(self, name: str) -> int:
         """The rank of the module of this name."""
         return self.rank_pattern.get(_pattern_key(self.rank_pattern, name), self.r)
@@ -114,22 +157,70 @@ class LoRA:
         rank = self.rank(name)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON's types."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {
-            name: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v
-            for name, v in values.items()
-        }
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LoRA:
-        """The config of what :meth:`to_dict` gave; unknown keys raise ValueError."""
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in values:
-            if name not in known:
-                _reject(str(name), f"one of {', '.join(known)}", "an unknown key")
-        return cls(**values)
+@dataclass(frozen=True, kw_only=True)
+class PTQ4(Targeted):
+    r"""Weights in 4 bits: codes c, and a scale s and a zero-point z per group of g along K.
+
+    .. math:: W_{nk} \approx s_{n, \lfloor k / g \rfloor} (c_{nk} - z_{n, \lfloor k / g \rfloor})
+
+    On linear layers, and on convolutions that ``targets`` names, whose K is C / groups times the
+    kernel. The targets are those of :class:`LoRA`.
+
+    Args:
+        method: ``"rtn"``, round-to-nearest with a search of the clipped range by squared error; or
+            ``"hqq"``, half-quadratic quantization. Neither looks at data.
+        group_size: g; -1 is one group per output.
+        codebook: ``"int4"``, or with ``"rtn"`` ``"nf4"`` or ``"fp4"``, tables without zero-points.
+        symmetric: z is 8; with ``"rtn"`` and int4.
+        grid: how many clipped ranges ``"rtn"`` tries; 1 does not clip.
+        round_zero: let z of ``"hqq"`` be an integer, which GPTQ, AWQ and compressed-tensors store.
+        iterations: how many steps ``"hqq"`` takes.
+        scale_dtype: ``"float32"``, ``"bfloat16"``, or ``"float16"``: scales that files with
+            float16 hold exactly, kept in float32.
+        targets, exclude, layers, layers_pattern: as of :class:`LoRA`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message begins with its name.
+
+    Reference:
+        Choukroun et al. 2019, "Low-bit Quantization of Neural Networks for Efficient Inference";
+        Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models".
+    """
+
+    method: Literal["rtn", "hqq"] = "rtn"
+    group_size: int = 64
+    codebook: Literal["int4", "nf4", "fp4"] = "int4"
+    symmetric: bool = False
+    grid: int = 20
+    round_zero: bool = False
+    iterations: int = 20
+    scale_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (
+            ("method", _METHODS),
+            ("codebook", CODEBOOKS),
+            ("scale_dtype", _SCALE_DTYPES),
+        ):
+            if getattr(self, name) not in known:
+                _reject(name, " or ".join(map(repr, known)), getattr(self, name))
+        for name, least in (("group_size", -1), ("grid", 1), ("iterations", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                _reject(name, "an integer", value, error=TypeError)
+            if value < least or (name == "group_size" and value == 0):
+                _reject(name, "-1 or at least 1" if least < 0 else f"at least {least}", value)
+        for name in ("symmetric", "round_zero"):
+            if not isinstance(getattr(self, name), bool):
+                _reject(name, "True or False", getattr(self, name), error=TypeError)
+        if self.method == "hqq" and self.codebook != "int4":
+            _reject("codebook", "'int4' beside method='hqq'", self.codebook)
+        if self.symmetric and (self.method == "hqq" or self.codebook != "int4"):
+            _reject("symmetric", "False but beside method='rtn' and codebook='int4'", True)
+        if self.round_zero and self.method != "hqq":
+            _reject("round_zero", "False but beside method='hqq'", True)
 
 
 def _reject(name: str, what: str, got: object, *, error: type[Exception] = ValueError) -> NoReturn:

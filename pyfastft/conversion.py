@@ -81,7 +81,7 @@ def install(model: nn.Module, config: LoRA, layers: Mapping[str, LoRALayer]) -> 
     """Put the layers of :func:`build` into the model, freeze the rest, and remember."""
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(False)
-    _replace(model, {layer.base: layer for layer in layers.values()})
+    replace(model, {layer.base: layer for layer in layers.values()})
     for layer in layers.values():
         layer.take_over()
         for parameter in (layer.lora_a, layer.lora_b, layer.lora_bias):
@@ -93,18 +93,24 @@ def install(model: nn.Module, config: LoRA, layers: Mapping[str, LoRALayer]) -> 
 
 
 def revert(model: nn.Module) -> Report:
-    """Undo :func:`convert`: the original module objects, training or frozen as before.
+    """Undo :func:`convert`, or :func:`quantize` where no adapters came after it: the original
+    module objects, training or frozen as before.
 
     Merged adapters are unmerged first, so the weights are the original ones bit for bit, but for
-    what ``config.bias`` let train. A wrapper around the converted model does as well.
+    what ``config.bias`` let train. A wrapper around the changed model does as well.
 
     Raises:
-        ValueError: the model was not converted.
+        ValueError: the model was not changed, or was quantized without ``keep_original``.
     """
+    if not is_converted(model):
+        from pyfastft.quantization import model as quantization
+
+        if quantization.is_quantized(model):
+            return quantization.restore(model)
     inner, conversion = conversion_of(model, "revert")
     layers: dict[nn.Module, nn.Module] = {layer: layer.restore() for _, layer in adapters(inner)}
     names = [name for name, _ in adapters(inner)]
-    _replace(inner, layers)
+    replace(inner, layers)
     for name, parameter in inner.named_parameters():
         if name in conversion.requires_grad:
             parameter.requires_grad_(conversion.requires_grad[name])
@@ -122,10 +128,13 @@ def merge(model: nn.Module, *, safe: bool = False) -> Report:
         safe: raise ValueError, and change nothing, where a merged weight is not finite.
 
     Raises:
-        ValueError: the model has no adapters; or a weight is also another module's, which merging
-            would change too.
+        ValueError: the model has no adapters; a weight is in 4 bits; or one is also another
+            module's, which merging would change too.
     """
     layers = _expect_adapters(model, "merge")
+    for name, layer in layers.items():
+        if why := layer.why_not_merged():
+            raise ValueError(f"merge: {name}: {why}")
     _expect_untied(model, layers)
     merged: list[str] = []
     try:
@@ -170,7 +179,7 @@ def pack(model: nn.Module, *, dx: bool = False, replace: bool = False) -> Report
     packed, skipped = [], {}
     for name, layer in _expect_adapters(model, "pack").items():
         if not isinstance(layer, LoRALinear):
-            skipped[name] = "no linear layer"
+            skipped[name] = "no linear layer with a plain weight"
         elif why := "the adapter is merged" if layer.merged else layer.why_not_packed():
             skipped[name] = why
         else:
@@ -264,7 +273,7 @@ def _expect_untied(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
                 )
 
 
-def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Put new modules where the old ones stand, wherever that is."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():

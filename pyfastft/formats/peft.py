@@ -9,15 +9,12 @@ by its own name elsewhere.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
-import shutil
-import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +35,7 @@ from pyfastft.conversion import (
     is_converted,
     remember,
 )
+from pyfastft.formats._files import naming, read_json, read_tensors, some, write_folder
 from pyfastft.nn._adapters import layer_for
 from pyfastft.nn._layer import LoRALayer
 
@@ -113,12 +111,14 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         for key, parameter in _parameters(inner, conversion.config, layers).items()
     }
     config = _config_to_peft(inner, conversion.config, layers)
-    _write(
+    # Between the two an adapter without its config would be no adapter, never a wrong one.
+    write_folder(
         Path(folder),
         {
             WEIGHTS_FILE: save(tensors, metadata={"format": "pt"}),
             CONFIG_FILE: json.dumps(config, indent=2).encode(),
         },
+        first=(CONFIG_FILE,),
     )
 
 
@@ -143,9 +143,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
             damaged; the model has other adapters, or merged ones.
     """
     folder = Path(folder)
-    with _naming(folder / CONFIG_FILE):
-        config = config_from_peft(_read_json(folder / CONFIG_FILE))
-    tensors = _read_tensors(folder / WEIGHTS_FILE)
+    with naming(folder / CONFIG_FILE):
+        config = config_from_peft(read_json(folder / CONFIG_FILE))
+    tensors = read_tensors(folder / WEIGHTS_FILE)
     inner, skipped = model, dict[str, str]()
     if is_converted(model):
         inner, conversion = conversion_of(model, "load_adapter")
@@ -158,11 +158,11 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
     else:
         expect_no_adapters(model, "load_adapter")
         planned = plan(model, config, strict=False)
-        with _naming(folder / WEIGHTS_FILE):
+        with naming(folder / WEIGHTS_FILE):
             _expect_ranks(tensors, config, planned.modules)
         layers, skipped = build(config, planned), planned.skipped
     parameters = _parameters(inner, config, layers) | _saved_embeddings(inner, tensors)
-    with _naming(folder / WEIGHTS_FILE):
+    with naming(folder / WEIGHTS_FILE):
         _expect_to_fit(tensors, parameters)
 
     if not is_converted(model):
@@ -212,9 +212,9 @@ def hotswap_adapter(
     else:
         if config is not None:
             raise ValueError("hotswap_adapter: expected no config beside a folder, it has its own")
-        where, tensors = Path(source) / WEIGHTS_FILE, _read_tensors(Path(source) / WEIGHTS_FILE)
-        with _naming(Path(source) / CONFIG_FILE):
-            config = config_from_peft(_read_json(Path(source) / CONFIG_FILE))
+        where, tensors = Path(source) / WEIGHTS_FILE, read_tensors(Path(source) / WEIGHTS_FILE)
+        with naming(Path(source) / CONFIG_FILE):
+            config = config_from_peft(read_json(Path(source) / CONFIG_FILE))
     if config is not None:
         _expect_same_biases("hotswap_adapter", config, conversion.config)
     lacking = {}
@@ -228,7 +228,7 @@ def hotswap_adapter(
     if len(lacking) == len(layers):
         raise ValueError(f"{where}: expected tensors of the model's layers, got none")
     parameters = _parameters(inner, conversion.config, layers)
-    with _naming(where):
+    with naming(where):
         for name in layers.keys() - lacking.keys():
             rank = None if config is None else config.rank(name)
             _fill_rank(tensors, name, layers[name], rank)
@@ -378,7 +378,7 @@ def _expect_same_layers(
     if differing := sorted(wanted.keys() ^ layers.keys()):
         raise ValueError(
             f"load_adapter: expected an adapter of the model's {len(layers)} layers, "
-            f"got one that differs in {_some(differing)}"
+            f"got one that differs in {some(differing)}"
         )
     for name, layer in layers.items():
         if layer.merged:
@@ -419,9 +419,9 @@ def _expect_to_fit(
     tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, nn.Parameter]
 ) -> None:
     if missing := sorted(parameters.keys() - tensors.keys()):
-        raise ValueError(f"expected a tensor for every layer, none for {_some(missing)}")
+        raise ValueError(f"expected a tensor for every layer, none for {some(missing)}")
     if left_over := sorted(tensors.keys() - parameters.keys()):
-        raise ValueError(f"expected tensors of the adapted layers only, got {_some(left_over)}")
+        raise ValueError(f"expected tensors of the adapted layers only, got {some(left_over)}")
     for key, parameter in parameters.items():
         tensor = tensors[key]
         if tensor.shape != parameter.shape:
@@ -432,66 +432,3 @@ def _expect_to_fit(
             raise ValueError(f"expected {key} of a float dtype, got {name_of(tensor.dtype)}")
         if not torch.isfinite(tensor.to(parameter.dtype)).all():
             raise ValueError(f"expected {key} of finite {name_of(parameter.dtype)} values")
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Errors about a file's content name the file, and are ValueErrors."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except RecursionError:
-        raise ValueError("expected a JSON object, got one nested too deeply") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"expected a JSON object, got {type(values).__name__}")
-    return values
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        return load_file(path)
-    # A dtype that torch lacks is a KeyError there.
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{path}: expected a safetensors file, got a damaged one ({error})") from (
-            error
-        )
-
-
-def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write the files whole, under a temporary name first."""
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder}: expected a folder, got a file")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
-    staging.mkdir()
-    try:
-        for name, content in contents.items():
-            with open(staging / name, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        if not folder.exists():
-            staging.rename(folder)
-            return
-        # Between the two an adapter without its config would be no adapter, never a wrong one.
-        (folder / CONFIG_FILE).unlink(missing_ok=True)
-        for name in contents:
-            os.replace(staging / name, folder / name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

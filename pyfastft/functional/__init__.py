@@ -5,6 +5,7 @@ from pyfastft.functional.dora import dora_linear, dora_norm, scale_columns
 from pyfastft.functional.embedding import lora_embedding
 from pyfastft.functional.int4 import int4_dequantize, int4_linear, int4_lora_linear
 from pyfastft.functional.linear import lora_linear, pack_weight, unpack_weight
+from pyfastft.functional.quantize_weight import hqq_quantize, rtn_quantize
 from pyfastft.functional.several import lora_adapters, lora_projections
 from pyfastft.functional.sums import abs_row_sums
 
@@ -12,6 +13,7 @@ __all__ = [
     "abs_row_sums",
     "dora_linear",
     "dora_norm",
+    "hqq_quantize",
     "int4_dequantize",
     "int4_linear",
     "int4_lora_linear",
@@ -21,6 +23,7 @@ __all__ = [
     "lora_linear",
     "lora_projections",
     "pack_weight",
+    "rtn_quantize",
     "scale_columns",
     "unpack_weight",
 ]

@@ -4,13 +4,28 @@ from pyfastft.nn._adapters import disable_adapters
 from pyfastft.nn._made_of import RowSquares
 from pyfastft.nn.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from pyfastft.nn.embedding import LoRAEmbedding
+from pyfastft.nn.int4 import Int4Conv1d, Int4Conv2d, Int4Conv3d, Int4Linear
+from pyfastft.nn.int4_lora import (
+    LoRAInt4Conv1d,
+    LoRAInt4Conv2d,
+    LoRAInt4Conv3d,
+    LoRAInt4Linear,
+)
 from pyfastft.nn.lora import LoRALinear
 
 __all__ = [
+    "Int4Conv1d",
+    "Int4Conv2d",
+    "Int4Conv3d",
+    "Int4Linear",
     "LoRAConv1d",
     "LoRAConv2d",
     "LoRAConv3d",
     "LoRAEmbedding",
+    "LoRAInt4Conv1d",
+    "LoRAInt4Conv2d",
+    "LoRAInt4Conv3d",
+    "LoRAInt4Linear",
     "LoRALinear",
     "RowSquares",
     "disable_adapters",

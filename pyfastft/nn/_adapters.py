@@ -10,6 +10,12 @@ from torch import nn
 from pyfastft.nn._layer import LoRALayer
 from pyfastft.nn.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from pyfastft.nn.embedding import LoRAEmbedding
+from pyfastft.nn.int4_lora import (
+    LoRAInt4Conv1d,
+    LoRAInt4Conv2d,
+    LoRAInt4Conv3d,
+    LoRAInt4Linear,
+)
 from pyfastft.nn.lora import LoRALinear
 
 LAYERS: tuple[type[LoRALayer], ...] = (
@@ -18,6 +24,10 @@ LAYERS: tuple[type[LoRALayer], ...] = (
     LoRAConv2d,
     LoRAConv3d,
     LoRAEmbedding,
+    LoRAInt4Linear,
+    LoRAInt4Conv1d,
+    LoRAInt4Conv2d,
+    LoRAInt4Conv3d,
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from pyfastft._check import FLOATS, name_of
 
 # Shared with the base layer, so that handles of hooks registered before still remove them.
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -66,14 +66,12 @@ class LoRALayer(nn.Module, abc.ABC):
             raise TypeError(f"{type(self).__name__}: expected base of type {kinds}, {why}")
         # Not a submodule: its parameters would appear a second time, under other names.
         self.__dict__["_base"] = base
-        self._base_names = tuple(base._parameters)
-        self.register_parameter("weight", base._parameters["weight"])
-        self.register_parameter("bias", base._parameters.get("bias"))
+        self._adopt(base)
         self.r = r
         self.dropout = dropout
         self.init = init
 
-        dtype, device = self.weight.dtype, self.weight.device
+        dtype, device = self._weight_kind()
         if adapter_dtype == "float32":
             dtype = torch.promote_types(dtype, torch.float32)
         a, b, n = self._shapes(lora_bias)
@@ -89,7 +87,7 @@ class LoRALayer(nn.Module, abc.ABC):
         self._rebuild_scaling()
         self.enabled = True
         self._original: dict[str, torch.Tensor] | None = None
-        for name in _HOOKS:
+        for name in HOOKS:
             self.__dict__[name] = base.__dict__[name]
         self.train(base.training)
 
@@ -116,23 +114,28 @@ class LoRALayer(nn.Module, abc.ABC):
     def _adapted(self, x: torch.Tensor, p: float) -> torch.Tensor:
         """The output with the adapter."""
 
-    # ----------------------------------------------------------------------------------------------
+    # -- what a layer whose weight is no parameter says otherwise ----------------------------------
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
         """Why this layer cannot stand in for the module; None where it can."""
-        kind = type(module)
-        known = next((k for k in cls.kinds() if isinstance(module, k)), None)
-        if known is None:
-            return f"{kind.__name__} is no {' or '.join(map(_title, cls.kinds()))}"
-        if kind.forward is not known.forward or "forward" in vars(module):
-            return f"{kind.__name__} has a forward of its own"
-        weight = module._parameters.get("weight")
-        if type(weight) is not nn.Parameter:
-            return f"its weight is no plain Parameter but {type(module.weight).__name__}"
-        if weight.dtype not in FLOATS:
-            return f"its weight is of dtype {name_of(weight.dtype)}"
+        return why_not_kind(module, cls.kinds()) or why_not_weight(module)
+
+    def _adopt(self, base: nn.Module) -> None:
+        """Take the base's own parameters."""
+        self._base_names = tuple(base._parameters)
+        self.register_parameter("weight", base._parameters["weight"])
+        self.register_parameter("bias", base._parameters.get("bias"))
+
+    def _weight_kind(self) -> tuple[torch.dtype, torch.device]:
+        """The dtype that the base computes in, and where its weight is."""
+        return self.weight.dtype, self.weight.device
+
+    def why_not_merged(self) -> str | None:
+        """Why the adapter cannot be added to the weight; None where it can."""
         return None
+
+    # ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -165,7 +168,8 @@ class LoRALayer(nn.Module, abc.ABC):
         if self.lora_bias is None:
             return self.bias
         update = self.scaling * self.lora_bias
-        return (update if self.bias is None else self.bias + update).to(self.weight.dtype)
+        dtype, _ = self._weight_kind()
+        return (update if self.bias is None else self.bias + update).to(dtype)
 
     @property
     def base(self) -> nn.Module:
@@ -204,6 +208,8 @@ class LoRALayer(nn.Module, abc.ABC):
         if self.merged:
             return
         kind = type(self).__name__
+        if why := self.why_not_merged():
+            raise ValueError(f"{kind}: {why}")
         if self.lora_bias is not None and self.bias is None:
             raise ValueError(f"{kind}: a base without a bias cannot hold the adapter's bias")
         wide = torch.promote_types(self.weight.dtype, torch.float32)
@@ -248,8 +254,9 @@ class LoRALayer(nn.Module, abc.ABC):
         return {file: p for file, p in parameters.items() if p is not None}
 
     def _rebuild_scaling(self) -> None:
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        self.scaling = torch.full((), self._scale, dtype=dtype, device=self.weight.device)
+        dtype, device = self._weight_kind()
+        dtype = torch.promote_types(dtype, torch.float32)
+        self.scaling = torch.full((), self._scale, dtype=dtype, device=device)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -269,6 +276,27 @@ class LoRALayer(nn.Module, abc.ABC):
         """The base's own description, and the adapter's."""
         own = f"r={self.r}, scale={self._scale:g}, dropout={self.dropout:g}, merged={self.merged}"
         return ", ".join(filter(None, (self.base.extra_repr(), own)))
+
+
+def why_not_kind(module: nn.Module, kinds: Sequence[type[nn.Module]]) -> str | None:
+    """Why the module does not compute as one of these kinds; None where it does."""
+    kind = type(module)
+    known = next((k for k in kinds if isinstance(module, k)), None)
+    if known is None:
+        return f"{kind.__name__} is no {' or '.join(map(_title, kinds))}"
+    if kind.forward is not known.forward or "forward" in vars(module):
+        return f"{kind.__name__} has a forward of its own"
+    return None
+
+
+def why_not_weight(module: nn.Module) -> str | None:
+    """Why the module's weight is none to stand in for; None where it is."""
+    weight = module._parameters.get("weight")
+    if type(weight) is not nn.Parameter:
+        return f"its weight is no plain Parameter but {type(module.weight).__name__}"
+    if weight.dtype not in FLOATS:
+        return f"its weight is of dtype {name_of(weight.dtype)}"
+    return None
 
 
 def _title(kind: type[nn.Module]) -> str:

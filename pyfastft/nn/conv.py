@@ -13,7 +13,9 @@ from pyfastft.nn._layer import LoRALayer
 __all__ = ["LoRAConv1d", "LoRAConv2d", "LoRAConv3d"]
 
 
-class _LoRAConv(LoRALayer):
+class LoRAConv(LoRALayer):
+    """What the convolutions share; the kind of base makes the difference."""
+
     def _shapes(self, lora_bias: bool) -> tuple[tuple[int, ...], tuple[int, ...], int]:
         base = self.base
         self.options: dict[str, Any] = {
@@ -55,7 +57,7 @@ class _LoRAConv(LoRALayer):
         )
 
 
-class LoRAConv1d(_LoRAConv):
+class LoRAConv1d(LoRAConv):
     r"""``nn.Conv1d`` with a low-rank adapter, see :func:`pyfastft.functional.lora_conv`.
 
     .. math:: y = x * W + b + s \cdot (B\, (\mathrm{dropout}_p(x) * A) + b_{lora})
@@ -68,13 +70,13 @@ class LoRAConv1d(_LoRAConv):
     KINDS = (nn.Conv1d,)
 
 
-class LoRAConv2d(_LoRAConv):
+class LoRAConv2d(LoRAConv):
     """``nn.Conv2d`` with a low-rank adapter, see :class:`LoRAConv1d`."""
 
     KINDS = (nn.Conv2d,)
 
 
-class LoRAConv3d(_LoRAConv):
+class LoRAConv3d(LoRAConv):
     """``nn.Conv3d`` with a low-rank adapter, see :class:`LoRAConv1d`."""
 
     KINDS = (nn.Conv3d,)

@@ -16,6 +16,7 @@ from pyfastft.ops.lora import (
 from pyfastft.ops.ptq4 import (
     fake_quantize4,
     fake_quantize4_backward,
+    hqq_quantize,
     int4_dequantize,
     int4_linear,
     int4_linear_backward,
@@ -23,6 +24,7 @@ from pyfastft.ops.ptq4 import (
     int4_lora_linear_backward,
     int8_linear,
     int8_linear_backward,
+    rtn_quantize,
 )
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "dora_norm",
     "fake_quantize4",
     "fake_quantize4_backward",
+    "hqq_quantize",
     "int4_dequantize",
     "int4_linear",
     "int4_linear_backward",
@@ -44,6 +47,7 @@ __all__ = [
     "lora_linear_backward",
     "lora_projections",
     "lora_projections_backward",
+    "rtn_quantize",
     "scale_columns",
     "scale_columns_backward",
 ]

@@ -221,6 +221,26 @@ FT_API int ft_cpu_int8_linear_backward(void* dx, float* dscale, void* dbias, con
                                        int64_t x_stride_k, int64_t codes_stride_n,
                                        int64_t codes_stride_k, int32_t dtype, int32_t threads);
 
+// ---- ptq4: quantizers ----------------------------------------------------------------------
+
+// W (n, k) in codes of 4 bits, groups of group_size along k with a scale each, the last group of a
+// row possibly shorter; the arithmetic is in csrc/cpu/ptq4/quantize_weight.inl.hpp. A group with a
+// weight that is not finite has the codes of zeros and a NaN as its scale. scale_dtype FT_FLOAT16
+// rounds to float16 and stores floats. [out] codes (n, ceil(k / 2)), the even column in the low
+// half; scale (n, ceil(k / group_size)).
+
+// Round-to-nearest, the best of `grid` clipped ranges by squared error. [out] zero or null: uint8,
+// as scale; [in] table: the codebook's 16 values, or null for integers.
+FT_API int ft_cpu_rtn_quantize(uint8_t* codes, void* scale, uint8_t* zero, const void* weight,
+                               const float* table, int64_t n, int64_t k, int64_t group_size,
+                               int64_t weight_stride_n, int32_t symmetric, int32_t grid,
+                               int32_t dtype, int32_t scale_dtype, int32_t threads);
+// HQQ. [out] zero: as scale, or uint8 if round_zero; [in] options: power, beta and kappa.
+FT_API int ft_cpu_hqq_quantize(uint8_t* codes, void* scale, void* zero, const void* weight,
+                               const float* options, int64_t n, int64_t k, int64_t group_size,
+                               int64_t weight_stride_n, int32_t round_zero, int32_t iterations,
+                               int32_t dtype, int32_t scale_dtype, int32_t threads);
+
 // The five stages around torch's GEMM on a GPU; scaling, rng and workspaces are device pointers.
 // x and grad have a row stride and unit column stride. All reductions have a fixed order.
 

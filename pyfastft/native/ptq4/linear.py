@@ -14,7 +14,9 @@ from pyfastft.native.lora._layers import optional, rows
 from pyfastft.native.ptq4._weights import codebook_code, cpu_unsupported, refuse_perm, zero_kind
 
 
-def _forward_unsupported(x: torch.Tensor, codes: Any, scale: torch.Tensor, *rest: Any) -> str | None:
+def _forward_unsupported(
+    x: torch.Tensor, codes: Any, scale: torch.Tensor, *rest: Any
+) -> str | None:
     return cpu_unsupported(x, scale, rest[3])
 
 

@@ -13,6 +13,7 @@ from pyfastft.ops.ptq4.lora_linear import (
     int4_lora_linear,
     int4_lora_linear_backward,
 )
+from pyfastft.ops.ptq4.quantize_weight import hqq_quantize, rtn_quantize
 
 __all__ = [
     "FakeQuantize4Function",
@@ -21,6 +22,7 @@ __all__ = [
     "Int8LinearFunction",
     "fake_quantize4",
     "fake_quantize4_backward",
+    "hqq_quantize",
     "int4_dequantize",
     "int4_linear",
     "int4_linear_backward",
@@ -28,4 +30,5 @@ __all__ = [
     "int4_lora_linear_backward",
     "int8_linear",
     "int8_linear_backward",
+    "rtn_quantize",
 ]

@@ -6,6 +6,7 @@ from pyfastft.reference.ptq4 import (
     int8_linear,
     linear,
     lora_linear,
+    quantize_weight,
 )
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "int8_linear",
     "linear",
     "lora_linear",
+    "quantize_weight",
 ]

@@ -6,14 +6,16 @@ from pyfastft.testing.samples.ptq4 import (
     int8_linear,
     linear,
     lora_linear,
+    quantize_weight,
 )
 
 _FILES = (
     dequantize,
+    fake_quantize4,
+    int8_linear,
     linear,
     lora_linear,
-    int8_linear,
-    fake_quantize4,
+    quantize_weight,
 )
 SAMPLES = {op: build for file in _FILES for op, build in file.SAMPLES.items()}
 REJECTS = {op: build for file in _FILES for op, build in file.REJECTS.items()}

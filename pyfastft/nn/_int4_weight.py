@@ -1,0 +1,123 @@
+"""What all layers with a 4-bit weight share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyfastft._check import name_of
+from pyfastft.functional import int4_dequantize
+from pyfastft.quantization.tensor import LAYOUT, TENSORS, QTensor4, read_layout
+
+_AS_INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+BUFFERS = (*TENSORS.values(), LAYOUT)
+
+
+class Int4Weight(nn.Module):
+    """Holds a :class:`pyfastft.quantization.QTensor4` as buffers of its tensors' names.
+
+    ``layout`` (3) goes into the state dict beside them, so that a file says what it holds, and
+    loading one of another layout, or with values that no weight has, is an error. The buffers stay
+    as they are whatever dtype the module is cast to; what changes is ``dtype``, which ``weight`` is
+    read in.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    perm: torch.Tensor | None
+    layout: torch.Tensor
+
+    def _hold(self, weight: QTensor4, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        for field, name in TENSORS.items():
+            self.register_buffer(name, getattr(weight, field))
+        self.register_buffer(LAYOUT, weight.layout().to(weight.device))
+        self.k, self.group_size, self.codebook = weight.k, weight.group_size, weight.codebook
+        self._shape, self._dtype = torch.Size(shape), dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What ``weight`` is read in: the original weight's dtype, or what the module was cast to
+        since."""
+        return self._dtype
+
+    @property
+    def quantized(self) -> QTensor4:
+        """The weight as it is held, a matrix; its values are checked, so not for every step."""
+        return QTensor4(
+            **{field: self._buffers[name] for field, name in TENSORS.items()},  # type: ignore[arg-type]
+            k=self.k,
+            group_size=self.group_size,
+            codebook=self.codebook,
+        )
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W in the original's shape, made anew by every reading; it has no gradient."""
+        return self._dense(self._dtype)
+
+    def _dense(self, dtype: torch.dtype) -> torch.Tensor:
+        w = int4_dequantize(self.codes, self.scales, k=self.k, dtype=dtype, **self._operands())
+        return w.view(self._shape)
+
+    def _operands(self) -> dict[str, Any]:
+        """What the ops take of the weight by name."""
+        return {
+            "zero": self.zeros,
+            "perm": self.perm,
+            "group_size": self.group_size,
+            "codebook": self.codebook,
+        }
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        # A cast is meant for what is computed in. Integers pass through one unchanged.
+        before = {name: b for name in BUFFERS if (b := self._buffers[name]) is not None}
+        as_integers = {
+            name: b.view(_AS_INTEGERS.get(b.dtype, b.dtype)) for name, b in before.items()
+        }
+        self._buffers.update(as_integers)
+        try:
+            super()._apply(fn, recurse)
+            applied = {name: self._buffers[name] for name in before}
+        except BaseException:
+            self._buffers.update(before)
+            raise
+        for name, buffer in before.items():
+            moved = applied[name]
+            assert moved is not None
+            if moved.dtype is not as_integers[name].dtype:  # type() casts integers too
+                moved = as_integers[name].to(moved.device)
+            self._buffers[name] = moved.view(buffer.dtype)
+        cast = fn(torch.empty(0, dtype=self._dtype, device=before["codes"].device)).dtype
+        self._dtype = cast if cast.is_floating_point else self._dtype
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: Any
+    ) -> None:
+        given = {name: state_dict.get(f"{prefix}{name}") for name in BUFFERS}
+        given = {name: tensor for name, tensor in given.items() if tensor is not None}
+        try:
+            if given and not any(tensor.is_meta for tensor in given.values()):
+                layout = read_layout(given.get(LAYOUT, self.layout))
+                if layout != (self.k, self.group_size, self.codebook):
+                    mine = (self.k, self.group_size, self.codebook)
+                    raise ValueError(f"expected K, group size and codebook {mine}, got {layout}")
+                if given.keys() == {n for n in BUFFERS if self._buffers[n] is not None}:
+                    QTensor4.from_tensors(given)
+        except (TypeError, ValueError) as error:
+            lists[-1].append(f"{prefix.rstrip('.')}: {error}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+
+    def _described(self) -> str:
+        """The weight's part of ``extra_repr``."""
+        zero = (
+            "" if self.zeros is None else f", zero={str(self.zeros.dtype).removeprefix('torch.')}"
+        )
+        order = "" if self.perm is None else ", permuted"
+        scale = name_of(self.scales.dtype)
+        return f"{self.codebook}, group_size={self.group_size}, scale={scale}{zero}{order}"

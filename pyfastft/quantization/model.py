@@ -1,0 +1,315 @@
+"""A model's weights in 4 bits in place, and back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from pyfastft._report import Report, report
+from pyfastft._targets import plan
+from pyfastft.config import PTQ4
+from pyfastft.conversion import adapters, expect_no_adapters, replace
+from pyfastft.formats._files import naming, read_tensors, write_file
+from pyfastft.nn._adapters import layer_for
+from pyfastft.nn._int4_weight import Int4Weight
+from pyfastft.nn._layer import HOOKS, LoRALayer, why_not_kind, why_not_weight
+from pyfastft.nn.int4 import int4_layer_for
+from pyfastft.nn.lora import is_conv1d
+from pyfastft.quantization.quantizers import quantize_weight
+from pyfastft.quantization.tensor import QTensor4
+
+__all__ = ["dequantize", "install", "is_quantized", "quantize", "restore", "weights"]
+
+_RECORD = "_pyfastft_quantization"
+
+
+@dataclass
+class Quantization:
+    """What a quantized model remembers: its config, and the modules that were there.
+
+    Attributes:
+        config: how it was quantized; None where its weights came in 4 bits.
+        originals: the modules by name, their weights on the CPU or empty; None where not kept.
+        devices: where the weights were.
+        file: what holds the weights, if a file does.
+    """
+
+    config: PTQ4 | None
+    originals: dict[str, nn.Module] | None = None
+    devices: dict[str, torch.device] = field(default_factory=dict)
+    file: Path | None = None
+
+
+def quantize(
+    model: nn.Module,
+    config: PTQ4,
+    *,
+    keep_original: Literal["cpu"] | str | os.PathLike[str] | None = None,
+) -> Report:
+    """Put every targeted layer's weight into 4 bits, in place.
+
+    A linear layer becomes a :class:`pyfastft.nn.Int4Linear`, a convolution its like; a layer that
+    stands in several places is changed once and stays shared. Layers that share one weight keep
+    sharing it in 4 bits where all of them are targeted; a weight that is also, say, an embedding's
+    is left alone. Nothing is changed before every weight is quantized.
+
+    Args:
+        model: any module, not itself such a layer.
+        config: which layers, and how.
+        keep_original: what :func:`pyfastft.revert` needs: ``"cpu"`` keeps the weights in the CPU's
+            memory, anything else is a path to a safetensors file to write them to, which must not
+            be there yet. By default they are given up.
+
+    Returns:
+        What was quantized, and what was targeted and left alone, with the reasons.
+
+    Raises:
+        ValueError: nothing would be quantized; a target matches nothing, with the nearest names; a
+            weight is not finite; the model has adapters or was quantized before.
+        FileExistsError: ``keep_original`` is there already.
+    """
+    if not isinstance(config, PTQ4):
+        raise TypeError(f"quantize: expected config of type PTQ4, got {type(config).__name__}")
+    expect_no_adapters(model, "quantize")
+    if is_quantized(model):
+        raise ValueError("quantize: the model was quantized already, revert it first")
+    file = None if keep_original in (None, "cpu") else Path(os.fspath(keep_original))  # type: ignore[arg-type]
+    if file is not None and file.exists():
+        raise FileExistsError(f"{file}: expected no such file to keep the weights in")
+    planned = plan(model, config, caller="quantize", why_not=_why_not)
+    modules, skipped = _untied(model, planned.modules)
+    skipped = {**planned.skipped, **skipped}
+    if not modules:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:5])
+        raise ValueError(f"quantize: expected weights that can be changed, got none ({reasons})")
+
+    done: dict[nn.Parameter, QTensor4] = {}
+    for name, module in tqdm(modules.items(), desc="quantize", unit="layer", disable=None):
+        weight = _weight_of(module)
+        if weight not in done:
+            try:
+                done[weight] = quantize_weight(_as_matrix(module), config)
+            except ValueError as error:
+                raise ValueError(f"quantize: {name}: {error}") from None
+    record = Quantization(config)
+    if keep_original is not None:
+        record.originals = dict(modules)
+        if file is not None:
+            _write_originals(file, modules)
+            record.file = file.resolve()
+    install(model, {name: done[_weight_of(module)] for name, module in modules.items()})
+    if keep_original is not None:
+        record.devices = {name: _weight_of(module).device for name, module in modules.items()}
+        for weight in done:
+            weight.data = weight.data.new_empty(0) if file is not None else weight.data.cpu()
+    setattr(model, _RECORD, record)
+    return report("quantize", model, modules, skipped)
+
+
+def install(model: nn.Module, quantized: Mapping[str, QTensor4]) -> None:
+    """Put 4-bit layers over these weights in the places of the modules of these names, with their
+    biases, hooks and mode."""
+    named = dict(model.named_modules())
+    layers: dict[nn.Module, nn.Module] = {}
+    for name, weight in quantized.items():
+        module = named[name]
+        kind = int4_layer_for(module)
+        assert kind is not None
+        layers[module] = layer = kind.from_module(module, weight)
+        for hooks in HOOKS:
+            layer.__dict__[hooks] = module.__dict__[hooks]
+        layer.train(module.training)
+    replace(model, layers)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether :func:`quantize` changed the model, or one inside it."""
+    return any(_RECORD in module.__dict__ for module in model.modules())
+
+
+def weights(model: nn.Module) -> dict[str, QTensor4]:
+    """The model's 4-bit weights by module name."""
+    named = model.named_modules()
+    return {name: module.quantized for name, module in named if isinstance(module, Int4Weight)}
+
+
+def restore(model: nn.Module) -> Report:
+    """Undo :func:`quantize`: the original module objects with their weights.
+
+    Raises:
+        ValueError: the model was not quantized, or without ``keep_original``; or the file of the
+            weights is damaged or of another model.
+        FileNotFoundError: it is gone.
+    """
+    inner = next((m for m in model.modules() if _RECORD in m.__dict__), None)
+    if inner is None:
+        raise ValueError("revert: expected a model that quantize() changed")
+    record: Quantization = inner.__dict__[_RECORD]
+    if record.originals is None:
+        raise ValueError(
+            "revert: the original weights were given up; quantize with keep_original='cpu' or a "
+            "path to get them back, or dequantize() the model"
+        )
+    stored = {} if record.file is None else _read_originals(record)
+    named = dict(inner.named_modules())
+    layers = {}
+    for name, module in record.originals.items():
+        layer = named[name]
+        weight = _weight_of(module)
+        data = stored.get(name, weight.data)
+        weight.data = data.to(record.devices[name])
+        if "bias" in module._parameters:
+            module._parameters["bias"] = layer._parameters["bias"]
+        layers[layer] = module.train(layer.training)
+    replace(inner, layers)
+    delattr(inner, _RECORD)
+    return report("revert", inner, record.originals)
+
+
+def dequantize(model: nn.Module, *, dtype: torch.dtype | None = None) -> Report:
+    """Make every 4-bit layer's weight dense again, in place: nn.Linear and convolutions over what
+    the codes stand for. Adapters stay as they are, over dense layers, and can then be merged.
+
+    Args:
+        dtype: of the weights; absent, of each what its layer computes in.
+
+    Returns:
+        What was made dense.
+
+    Raises:
+        ValueError: the model has no 4-bit layers.
+    """
+    layers: dict[nn.Module, nn.Module] = {}
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(module, Int4Weight):
+            layers[module] = _dense_layer(module, dtype)
+            names.append(name)
+    if not names:
+        raise ValueError("dequantize: expected a model with 4-bit layers, got none")
+    replace(model, layers)
+    for _, layer in adapters(model):
+        if layer in set(layers.values()):
+            layer.take_over()
+    for module in model.modules():
+        module.__dict__.pop(_RECORD, None)
+    return report("dequantize", model, names)
+
+
+def _dense_layer(module: Int4Weight, dtype: torch.dtype | None) -> nn.Module:
+    adapted = isinstance(module, LoRALayer)
+    base = module.base if isinstance(module, LoRALayer) else module
+    dtype = module.dtype if dtype is None else dtype
+    weight = module.weight.to(dtype)
+    bias = module._parameters["bias"]
+    dense: nn.Module
+    if weight.dim() == 2:
+        n, k = weight.shape
+        dense = nn.Linear(k, n, bias=bias is not None, device="meta")
+    else:
+        options = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+        dense = base.KIND(  # type: ignore[operator]
+            base.in_channels,
+            base.out_channels,
+            **{name: getattr(base, name) for name in options},
+            bias=bias is not None,
+            device="meta",
+        )
+    dense.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    if bias is not None:
+        if bias.dtype is not dtype:
+            bias = nn.Parameter(bias.detach().to(dtype), requires_grad=bias.requires_grad)
+        dense.register_parameter("bias", bias)
+    for hooks in HOOKS:
+        dense.__dict__[hooks] = module.__dict__[hooks]
+    dense.train(module.training)
+    if not adapted:
+        return dense
+    assert isinstance(module, LoRALayer)
+    kind = layer_for(dense)
+    assert kind is not None
+    layer = kind(
+        dense,
+        r=module.r,
+        scale=module.scale,
+        dropout=module.dropout,
+        lora_bias=module.lora_bias is not None,
+    )
+    for name in ("lora_a", "lora_b", "lora_bias"):
+        layer.register_parameter(name, module._parameters[name])
+    layer.enabled, layer.init = module.enabled, module.init
+    return layer
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """Why a module's weight cannot be put into 4 bits; None where it can."""
+    if isinstance(module, Int4Weight):
+        return "its weight is in 4 bits already"
+    layer = int4_layer_for(module)
+    if layer is None:
+        return f"{type(module).__name__} is no linear layer or convolution"
+    kinds = next(a.kinds() for a in [layer_for(module)] if a is not None)
+    why = why_not_kind(module, kinds) or why_not_weight(module)
+    if why is None and _weight_of(module).is_meta:
+        return "its weight is on the meta device"
+    return why
+
+
+def _untied(
+    model: nn.Module, modules: Mapping[str, nn.Module]
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The modules whose weights nothing but them has, and why not the others."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for owner, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((f"{owner}.{name}", module))
+    targeted = {id(module) for module in modules.values()}
+    kept, skipped = {}, {}
+    for name, module in modules.items():
+        sharing = owners[id(_weight_of(module))]
+        strangers = [
+            owner
+            for owner, other in sharing
+            if id(other) not in targeted or type(other) is not type(module)
+        ]
+        if strangers:
+            skipped[name] = f"its weight is {strangers[0]} too"
+        else:
+            kept[name] = module
+    return kept, skipped
+
+
+def _weight_of(module: nn.Module) -> nn.Parameter:
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight
+
+
+def _as_matrix(module: nn.Module) -> torch.Tensor:
+    weight = _weight_of(module).detach()
+    return weight.T if is_conv1d(module) else weight.flatten(1)
+
+
+def _write_originals(path: Path, modules: Mapping[str, nn.Module]) -> None:
+    from safetensors.torch import save
+
+    originals = {name: _weight_of(module).detach() for name, module in modules.items()}
+    tensors = {name: w.to("cpu", copy=True).contiguous() for name, w in originals.items()}
+    write_file(path, save(tensors))
+
+
+def _read_originals(record: Quantization) -> dict[str, torch.Tensor]:
+    assert record.file is not None
+    assert record.originals is not None
+    stored = read_tensors(record.file)
+    with naming(record.file):
+        if differing := sorted(stored.keys() ^ record.originals.keys()):
+            raise ValueError(f"expected the weights of this model, {differing[0]} differs")
+    return stored
