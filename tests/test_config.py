@@ -92,7 +92,7 @@ def test_refused_together(fields, named) -> None:
 
 
 def test_an_unknown_key_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^rang: expected one of r, alpha"):
+    with pytest.raises(ValueError, match=r"^rang: expected one of .*, r, alpha"):
         ft.LoRA.from_dict({"rang": 3})
 
 

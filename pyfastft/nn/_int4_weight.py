@@ -47,8 +47,9 @@ class Int4Weight(nn.Module):
     @property
     def quantized(self) -> QTensor4:
         """The weight as it is held, a matrix; its values are checked, so not for every step."""
+        fields: dict[str, Any] = {f: self._buffers[name] for f, name in TENSORS.items()}
         return QTensor4(
-            **{field: self._buffers[name] for field, name in TENSORS.items()},  # type: ignore[arg-type]
+            **fields,
             k=self.k,
             group_size=self.group_size,
             codebook=self.codebook,

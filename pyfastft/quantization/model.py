@@ -10,7 +10,6 @@ from typing import Literal
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from pyfastft._report import Report, report
 from pyfastft._targets import plan
@@ -77,10 +76,14 @@ def quantize(
     """
     if not isinstance(config, PTQ4):
         raise TypeError(f"quantize: expected config of type PTQ4, got {type(config).__name__}")
+    from tqdm import tqdm
+
     expect_no_adapters(model, "quantize")
     if is_quantized(model):
         raise ValueError("quantize: the model was quantized already, revert it first")
-    file = None if keep_original in (None, "cpu") else Path(os.fspath(keep_original))  # type: ignore[arg-type]
+    file = None
+    if keep_original is not None and keep_original != "cpu":
+        file = Path(keep_original)
     if file is not None and file.exists():
         raise FileExistsError(f"{file}: expected no such file to keep the weights in")
     planned = plan(model, config, caller="quantize", why_not=_why_not)

@@ -127,8 +127,9 @@ class QTensor4:
         if left_over := sorted(tensors.keys() - {*TENSORS.values(), LAYOUT}):
             reject(_NAME, "tensors", ", ".join((*TENSORS.values(), LAYOUT)), left_over[0])
         k, group_size, codebook = read_layout(tensors[LAYOUT])
+        fields: dict[str, Any] = {field: tensors.get(name) for field, name in TENSORS.items()}
         return cls(
-            **{field: tensors.get(name) for field, name in TENSORS.items()},  # type: ignore[arg-type]
+            **fields,
             k=k,
             group_size=group_size,
             codebook=codebook,
