@@ -99,6 +99,8 @@ def decode(tensors: Mapping[str, torch.Tensor]) -> Layer:
     storage = data.dtype
     if storage not in _STORAGES:
         raise ValueError(f"expected weight of dtype uint8 or a float, got {name_of(storage)}")
+    if data.dim() != 2 or 1 not in data.shape:
+        raise ValueError(f"expected weight of shape (any, 1), got {tuple(data.shape)}")
     if data.numel() * data.element_size() != -(-n * k // 2):
         raise ValueError(
             f"expected weight of {-(-n * k // 2)} bytes for shape ({n}, {k}), "

@@ -55,6 +55,16 @@ class Int4Weight(nn.Module):
             codebook=self.codebook,
         )
 
+    def expect_sound(self) -> None:
+        """ValueError or TypeError unless the buffers hold a weight of the layer's layout."""
+        self._expect_layout(self.layout)
+        _ = self.quantized
+
+    def _expect_layout(self, layout: torch.Tensor) -> None:
+        mine, theirs = (self.k, self.group_size, self.codebook), read_layout(layout)
+        if theirs != mine:
+            raise ValueError(f"expected K, group size and codebook {mine}, got {theirs}")
+
     @property
     def weight(self) -> torch.Tensor:
         """W in the original's shape, made anew by every reading; it has no gradient."""
@@ -103,10 +113,7 @@ class Int4Weight(nn.Module):
         given = {name: tensor for name, tensor in given.items() if tensor is not None}
         try:
             if given and not any(tensor.is_meta for tensor in given.values()):
-                layout = read_layout(given.get(LAYOUT, self.layout))
-                if layout != (self.k, self.group_size, self.codebook):
-                    mine = (self.k, self.group_size, self.codebook)
-                    raise ValueError(f"expected K, group size and codebook {mine}, got {layout}")
+                self._expect_layout(given.get(LAYOUT, self.layout))
                 if given.keys() == {n for n in BUFFERS if self._buffers[n] is not None}:
                     QTensor4.from_tensors(given)
         except (TypeError, ValueError) as error:

@@ -98,7 +98,7 @@ def quantize(
         weight = _weight_of(module)
         if weight not in done:
             try:
-                done[weight] = quantize_weight(_as_matrix(module), config)
+                done[weight] = quantize_weight(as_matrix(module), config)
             except ValueError as error:
                 raise ValueError(f"quantize: {name}: {error}") from None
     record = Quantization(config)
@@ -112,8 +112,13 @@ def quantize(
         record.devices = {name: _weight_of(module).device for name, module in modules.items()}
         for weight in done:
             weight.data = weight.data.new_empty(0) if file is not None else weight.data.cpu()
-    setattr(model, _RECORD, record)
+    remember(model, record)
     return report("quantize", model, modules, skipped)
+
+
+def remember(model: nn.Module, record: Quantization) -> None:
+    """Give a model that is in 4 bits its record."""
+    setattr(model, _RECORD, record)
 
 
 def install(model: nn.Module, quantized: Mapping[str, QTensor4]) -> None:
@@ -295,7 +300,8 @@ def _weight_of(module: nn.Module) -> nn.Parameter:
     return weight
 
 
-def _as_matrix(module: nn.Module) -> torch.Tensor:
+def as_matrix(module: nn.Module) -> torch.Tensor:
+    """The weight (N, K) of a linear layer, Conv1D or convolution, a view of it."""
     weight = _weight_of(module).detach()
     return weight.T if is_conv1d(module) else weight.flatten(1)
 
