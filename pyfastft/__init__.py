@@ -7,7 +7,7 @@ from pyfastft.conversion import Report, convert, merge, pack, revert, unmerge, u
 from pyfastft.formats.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, verify
 from pyfastft.formats.peft import hotswap_adapter, load_adapter, save_adapter
 from pyfastft.functional import lora_linear
-from pyfastft.quantization.model import dequantize, quantize
+from pyfastft.quantization.model import dequantize, load_quantized, quantize
 from pyfastft.quantization.tensor import QTensor4
 
 __version__ = "0.1.0"
@@ -28,6 +28,7 @@ __all__ = [
     "hotswap_adapter",
     "load_adapter",
     "load_checkpoint",
+    "load_quantized",
     "lora_linear",
     "merge",
     "nn",

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,7 +15,8 @@ from pyfastft._report import Report, report
 from pyfastft._targets import plan
 from pyfastft.config import PTQ4
 from pyfastft.conversion import adapters, expect_no_adapters, replace
-from pyfastft.formats._files import naming, read_tensors, write_file
+from pyfastft.formats._files import naming, read_tensors, some, write_file
+from pyfastft.formats.checkpoint import load_checkpoint
 from pyfastft.nn._adapters import layer_for
 from pyfastft.nn._int4_weight import Int4Weight
 from pyfastft.nn._layer import HOOKS, LoRALayer, why_not_kind, why_not_weight
@@ -24,7 +25,15 @@ from pyfastft.nn.lora import is_conv1d
 from pyfastft.quantization.quantizers import quantize_weight
 from pyfastft.quantization.tensor import QTensor4
 
-__all__ = ["dequantize", "install", "is_quantized", "quantize", "restore", "weights"]
+__all__ = [
+    "dequantize",
+    "install",
+    "is_quantized",
+    "load_quantized",
+    "quantize",
+    "restore",
+    "weights",
+]
 
 _RECORD = "_pyfastft_quantization"
 
@@ -114,6 +123,59 @@ def quantize(
             weight.data = weight.data.new_empty(0) if file is not None else weight.data.cpu()
     remember(model, record)
     return report("quantize", model, modules, skipped)
+
+
+def load_quantized(model: nn.Module, path: str | os.PathLike[str], **options: Any) -> Report:
+    """Put a 4-bit checkpoint into a model of its architecture, in place: its layers become 4-bit
+    ones, and its other tensors are copied.
+
+    Everything is checked before anything is changed.
+
+    Args:
+        model: the model with plain layers, possibly on the meta device.
+        path: the checkpoint, see :func:`pyfastft.load_checkpoint`; **options: as there.
+
+    Returns:
+        Which layers are in 4 bits now, and which of the model's tensors the checkpoint lacks.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged; or a layer or another tensor is none of the model's, or of
+            another shape.
+    """
+    expect_no_adapters(model, "load_quantized")
+    checkpoint = load_checkpoint(path, **options)
+    named, state = dict(model.named_modules()), model.state_dict()
+    quantized = {name: layer.weight for name, layer in checkpoint.layers.items()}
+    with naming(Path(path)):
+        if unknown := sorted(quantized.keys() - named.keys()):
+            raise ValueError(f"expected layers of the model's, got {some(unknown)}")
+        for name, weight in quantized.items():
+            module = named[name]
+            if (why := _why_not_kind(module)) is not None:
+                raise ValueError(f"{name}: expected a layer that can be in 4 bits, {why}")
+            shape = tuple(as_matrix(module).shape)
+            if tuple(weight.shape) != shape:
+                raise ValueError(
+                    f"{name}: expected a weight of shape {shape}, got {tuple(weight.shape)}"
+                )
+            del state[f"{name}.weight"]
+            if not _weight_of(module).is_meta:
+                quantized[name] = weight.to(_weight_of(module).device)
+        if unknown := sorted(checkpoint.rest.keys() - state.keys()):
+            raise ValueError(f"expected tensors of the model's, got {some(unknown)}")
+        for name, tensor in checkpoint.rest.items():
+            if tensor.shape != state[name].shape:
+                raise ValueError(
+                    f"expected {name} of shape {tuple(state[name].shape)}, got "
+                    f"{tuple(tensor.shape)}"
+                )
+    install(model, quantized)
+    meta = any(tensor.is_meta for tensor in state.values())
+    model.load_state_dict(dict(checkpoint.rest), strict=False, assign=meta)
+    remember(model, Quantization(None))
+    lacking = dict.fromkeys(state.keys() - checkpoint.rest.keys(), "not in the checkpoint")
+    return report("load_quantized", model, quantized, lacking)
 
 
 def remember(model: nn.Module, record: Quantization) -> None:
@@ -258,16 +320,19 @@ def _dense_layer(module: Int4Weight, dtype: torch.dtype | None) -> nn.Module:
 
 def _why_not(module: nn.Module) -> str | None:
     """Why a module's weight cannot be put into 4 bits; None where it can."""
+    if (why := _why_not_kind(module)) is not None:
+        return why
+    return "its weight is on the meta device" if _weight_of(module).is_meta else None
+
+
+def _why_not_kind(module: nn.Module) -> str | None:
+    """Why no 4-bit layer can stand in for the module; None where one can."""
     if isinstance(module, Int4Weight):
         return "its weight is in 4 bits already"
-    layer = int4_layer_for(module)
-    if layer is None:
+    adapted = layer_for(module)
+    if int4_layer_for(module) is None or adapted is None:
         return f"{type(module).__name__} is no linear layer or convolution"
-    kinds = next(a.kinds() for a in [layer_for(module)] if a is not None)
-    why = why_not_kind(module, kinds) or why_not_weight(module)
-    if why is None and _weight_of(module).is_meta:
-        return "its weight is on the meta device"
-    return why
+    return why_not_kind(module, adapted.kinds()) or why_not_weight(module)
 
 
 def _untied(

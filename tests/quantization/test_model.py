@@ -91,7 +91,7 @@ def test_quantize_and_revert(tmp_path: Path) -> None:
 def test_what_was_given_up_is_not_reverted(tmp_path: Path) -> None:
     model = Model()
     ft.quantize(model, CONFIG)
-    with pytest.raises(ValueError, match=r"revert: the original weights were given up; .*keep_orig"):
+    with pytest.raises(ValueError, match=r"revert: the original weights were given up; "):
         ft.revert(model)
     model = Model()
     ft.quantize(model, CONFIG, keep_original=tmp_path / "w.safetensors")
@@ -111,10 +111,13 @@ def test_targets_follow_the_rules_of_convert() -> None:
         ft.quantize(model, ft.PTQ4(targets=["q_prj"]))
     with pytest.raises(ValueError, match="quantize: expected targets of modules that can be"):
         ft.quantize(model, ft.PTQ4(targets=["embed"]))
-    report = ft.quantize(model, ft.PTQ4(targets=["q_proj", "embed"], layers=[1]))
+    report = ft.quantize(
+        model, ft.PTQ4(targets=["q_proj", "embed"], layers=[1], layers_pattern="layers")
+    )
     assert report.changed == ("layers.1.q_proj",)
     assert report.skipped["layers.0.q_proj"] == "not in layers (1,)"
-    assert "Embedding is no linear layer or convolution" in report.skipped["embed"]
+    embedded = ft.quantize(Model(), ft.PTQ4(targets=["q_proj", "embed"]))
+    assert embedded.skipped == {"embed": "Embedding is no linear layer or convolution"}
     everything = Model()
     assert len(ft.quantize(everything, ft.PTQ4(exclude=["head"])).changed) == 6
     with pytest.raises(TypeError, match="expected config of type PTQ4, got LoRA"):
@@ -220,13 +223,9 @@ def test_adapters_on_top() -> None:
     for each in (model, expected):
         each(TOKENS).square().mean().backward()
     assert float((model(TOKENS) - expected(TOKENS)).abs().max()) < 1e-5
-    for (name, ours), theirs in zip(
-        model.named_parameters(), dict(expected.named_parameters()).values(), strict=False
-    ):
-        if ours.grad is not None and "lora" in name:
-            twin = expected.get_parameter(name)
-            assert float((ours.grad - twin.grad).abs().max()) < 1e-5
-        del theirs
+    for name, ours in model.named_parameters():
+        if "lora" in name:
+            assert float((ours.grad - expected.get_parameter(name).grad).abs().max()) < 1e-5
     with pytest.raises(ValueError, match=r"merge: layers\.0\.q_proj: its weight is in 4 bits"):
         ft.merge(model)
     with pytest.raises(ValueError, match="quantize: the model has adapters already"):
