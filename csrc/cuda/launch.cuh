@@ -17,20 +17,34 @@ FT_HOST_DEVICE Integer ceil_div(Integer a, Integer b) {
   return (a + b - 1) / b;
 }
 
-// Launch `blocks` blocks on the caller's stream; no blocks, no launch. `op` is what an error names.
+// What a block may have without asking: CUDA programming guide, technical specifications.
+constexpr int kSharedWithoutAsking = 48 * 1024;
+
+// Launch `blocks` blocks, each with so many bytes of shared memory beside what the kernel declares,
+// on the caller's stream; no blocks, no launch. `op` is what an error names.
 template <class... Parameters, class... Arguments>
-int launch(const char* op, void* stream, int64_t blocks, void (*kernel)(Parameters...),
-           Arguments... arguments) {
+int launch_with_shared(const char* op, void* stream, int64_t blocks, int shared_bytes,
+                       void (*kernel)(Parameters...), Arguments... arguments) {
   if (blocks == 0) return 0;
   FT_CHECK(blocks <= INT32_MAX, "%s: %lld blocks exceed the grid", op,
            static_cast<long long>(blocks));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > kSharedWithoutAsking)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
   FT_CHECK(error == cudaSuccess, "%s: %s", op, cudaGetErrorString(error));
   return 0;
+}
+
+template <class... Parameters, class... Arguments>
+int launch(const char* op, void* stream, int64_t blocks, void (*kernel)(Parameters...),
+           Arguments... arguments) {
+  return launch_with_shared(op, stream, blocks, 0, kernel, arguments...);
 }
 
 template <class T>

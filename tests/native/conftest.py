@@ -1,15 +1,19 @@
-"""Builds that tests need: made once, kept in pytest's cache, made anew where a source changes."""
+"""Builds that tests need: made once, kept in pytest's cache, made anew where a source changes; and
+the CUDA kernels on the CPU as a process to call."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
+import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 SIMT = Path(__file__).parent / "simt"
@@ -60,3 +64,115 @@ def compile_simt(build_once: Callable[..., Path]) -> Callable[..., Path]:
         return build_once(name, command, [*sources, *headers], build) / "built"
 
     return run
+
+
+# -- the CUDA kernels on the CPU -----------------------------------------------------------------
+
+
+def parameters() -> dict[str, list[str]]:
+    """The parameters of every CUDA function of the ABI, from ops.def."""
+    text = (ROOT / "csrc/include/fastft/ops.def").read_text()
+    found = re.findall(r"^FT_CUDA_OP\((\w+),([^)]*)\)", text, re.MULTILINE)
+    return {name: re.findall(r'"(\w+)"', names) for name, names in found}
+
+
+class Kernels:
+    """The functions of the CUDA ABI in a process of their own."""
+
+    def __init__(self, harness: Path, folder: Path, removed_barrier: int = 0) -> None:
+        options = "halt_on_error=1:exitcode=66"
+        self.folder = folder
+        self.names = parameters()
+        self.process = subprocess.Popen(
+            [str(harness)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TSAN_OPTIONS": options, "ASAN_OPTIONS": "detect_leaks=0"},
+        )
+        self.send(str(removed_barrier))
+
+    def send(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def close(self) -> str:
+        """Ends the process; what it wrote on stderr."""
+        return self.process.communicate(timeout=60)[1]
+
+    def request(self, function: str, words: list[str]) -> None:
+        self.send(" ".join([function, *words]))
+        assert self.process.stdout is not None
+        answer = self.process.stdout.readline().strip()
+        if answer.startswith("error "):
+            raise RuntimeError(answer.removeprefix("error "))
+        if answer != "ok":
+            raise ChildProcessError(self.process.communicate()[1])
+
+    def call(self, function: str, **arguments: torch.Tensor | int | None) -> None:
+        """Call by name; a tensor's whole storage goes there and comes back."""
+        words, files = [], []
+        for name in self.names[function]:
+            value = arguments.pop(name)
+            if isinstance(value, torch.Tensor):
+                path = self.folder / name
+                storage = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage())
+                path.write_bytes(storage.numpy().tobytes())
+                files.append((path, storage))
+                words.append(f"{path}@{value.storage_offset() * value.element_size()}")
+            else:
+                words.append("null" if value is None else str(value))
+        assert not arguments, f"{function} has no {', '.join(arguments)}"
+        self.request(function, words)
+        for path, storage in files:
+            if storage.numel():
+                storage.copy_(torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8))
+
+    def workspace(self, function: str, *sizes: int) -> torch.Tensor:
+        path = self.folder / "floats"
+        path.write_bytes(bytes(8))
+        self.request(f"{function}_workspace", [f"{path}@0", *map(str, sizes)])
+        return torch.full((int.from_bytes(path.read_bytes(), "little"),), torch.nan)
+
+
+@pytest.fixture(scope="session")
+def harness(compile_simt: Callable[..., Path]) -> Callable[[str], Path]:
+    """The harness built with some sanitizers."""
+
+    def build(sanitizers: str) -> Path:
+        flags = ["-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+        return compile_simt(f"simt-{sanitizers}", SIMT / "harness.cpp", *flags)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def kernels(
+    harness: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Kernels]:
+    """The kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    running = Kernels(harness("address,undefined"), tmp_path_factory.mktemp("simt"))
+    yield running
+    assert running.close() == ""
+
+
+@pytest.fixture
+def racing(harness: Callable[[str], Path], tmp_path: Path) -> Iterator[Callable[[int], Kernels]]:
+    """Starts the kernels under ThreadSanitizer, with one barrier of every block removed."""
+    started: list[Kernels] = []
+
+    def start(removed_barrier: int) -> Kernels:
+        started.append(Kernels(harness("thread"), tmp_path, removed_barrier))
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.close()
+
+
+@pytest.fixture
+def fresh_kernels(harness: Callable[[str], Path], tmp_path: Path) -> Kernels:
+    """The kernels under the same, in a process of the test's own, which may end."""
+    return Kernels(harness("address,undefined"), tmp_path)

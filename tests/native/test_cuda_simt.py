@@ -5,12 +5,9 @@ one in a kernel that lacks a barrier."""
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -21,114 +18,12 @@ from pyfastft.reference._dropout import keep_mask
 from pyfastft.testing.samples import FLOAT32, PRECISIONS, Precision
 from pyfastft.testing.tolerance import assert_accurate, assert_exact
 
-ROOT = Path(__file__).parents[2]
-SIMT = Path(__file__).parent / "simt"
+if TYPE_CHECKING:
+    from conftest import Kernels
+
 RNG = torch.tensor([-0x1234567890ABCDE, 1 << 33])
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found")
-
-
-def parameters() -> dict[str, list[str]]:
-    """The parameters of every CUDA function of the ABI, from ops.def."""
-    text = (ROOT / "csrc/include/fastft/ops.def").read_text()
-    found = re.findall(r"^FT_CUDA_OP\((\w+),([^)]*)\)", text, re.MULTILINE)
-    return {name: re.findall(r'"(\w+)"', names) for name, names in found}
-
-
-class Kernels:
-    """The functions of the CUDA ABI in a process of their own."""
-
-    def __init__(self, harness: Path, folder: Path, removed_barrier: int = 0) -> None:
-        options = "halt_on_error=1:exitcode=66"
-        self.folder = folder
-        self.names = parameters()
-        self.process = subprocess.Popen(
-            [str(harness)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "TSAN_OPTIONS": options, "ASAN_OPTIONS": "detect_leaks=0"},
-        )
-        self.send(str(removed_barrier))
-
-    def send(self, line: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-
-    def close(self) -> str:
-        """Ends the process; what it wrote on stderr."""
-        return self.process.communicate(timeout=60)[1]
-
-    def request(self, function: str, words: list[str]) -> None:
-        self.send(" ".join([function, *words]))
-        assert self.process.stdout is not None
-        answer = self.process.stdout.readline().strip()
-        if answer.startswith("error "):
-            raise RuntimeError(answer.removeprefix("error "))
-        if answer != "ok":
-            raise ChildProcessError(self.process.communicate()[1])
-
-    def call(self, function: str, **arguments: torch.Tensor | int | None) -> None:
-        """Call by name; a tensor's whole storage goes there and comes back."""
-        words, files = [], []
-        for name in self.names[function]:
-            value = arguments.pop(name)
-            if isinstance(value, torch.Tensor):
-                path = self.folder / name
-                storage = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage())
-                path.write_bytes(storage.numpy().tobytes())
-                files.append((path, storage))
-                words.append(f"{path}@{value.storage_offset() * value.element_size()}")
-            else:
-                words.append("null" if value is None else str(value))
-        assert not arguments, f"{function} has no {', '.join(arguments)}"
-        self.request(function, words)
-        for path, storage in files:
-            if storage.numel():
-                storage.copy_(torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8))
-
-    def workspace(self, function: str, *sizes: int) -> torch.Tensor:
-        path = self.folder / "floats"
-        path.write_bytes(bytes(8))
-        self.request(f"{function}_workspace", [f"{path}@0", *map(str, sizes)])
-        return torch.full((int.from_bytes(path.read_bytes(), "little"),), torch.nan)
-
-
-@pytest.fixture(scope="session")
-def harness(compile_simt: Callable[..., Path]) -> Callable[[str], Path]:
-    """The harness built with some sanitizers."""
-
-    def build(sanitizers: str) -> Path:
-        flags = ["-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-        return compile_simt(f"simt-{sanitizers}", SIMT / "harness.cpp", *flags)
-
-    return build
-
-
-@pytest.fixture(scope="session")
-def kernels(
-    harness: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Kernels]:
-    """The kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    running = Kernels(harness("address,undefined"), tmp_path_factory.mktemp("simt"))
-    yield running
-    assert running.close() == ""
-
-
-@pytest.fixture
-def racing(harness: Callable[[str], Path], tmp_path: Path) -> Iterator[Callable[[int], Kernels]]:
-    """Starts the kernels under ThreadSanitizer, with one barrier of every block removed."""
-    started: list[Kernels] = []
-
-    def start(removed_barrier: int) -> Kernels:
-        started.append(Kernels(harness("thread"), tmp_path, removed_barrier))
-        return started[-1]
-
-    yield start
-    for running in started:
-        running.close()
 
 
 # -- the stages: what the kernels are called with, and the same in PyTorch -------------------------
@@ -386,13 +281,12 @@ def test_a_workspace_that_is_too_small_is_refused(kernels: Kernels) -> None:
         kernels.workspace = kernels_workspace
 
 
-def test_an_access_out_of_bounds_is_found(harness: Callable[[str], Path], tmp_path: Path) -> None:
+def test_an_access_out_of_bounds_is_found(fresh_kernels: Kernels) -> None:
     """AddressSanitizer would see a kernel read past its input."""
-    kernels = Kernels(harness("address,undefined"), tmp_path)
     stages = Stages(6, 16, 2)
     stages.wide = stages.wide[:5].clone()
     with pytest.raises(ChildProcessError, match="heap-buffer-overflow"):
-        stages.run(kernels, "down")
+        stages.run(fresh_kernels, "down")
 
 
 # Two tiles of whatever a kernel loops over; for the gradients that takes more rows than there are

@@ -2,18 +2,23 @@
 // a .cu file whose kernels then run under the sanitizers. One std::thread is one CUDA thread, and
 // the blocks of a launch run one after another on the same threads.
 //
-// It has what the kernels use and no more: one-dimensional blocks, static shared memory and
-// __syncthreads. A barrier is a mutex and a condition variable, not std::barrier, whose shared
-// pool of waiters makes ThreadSanitizer see an order between threads that no barrier gave.
+// It has what the kernels use and no more: one-dimensional blocks, shared memory, __syncthreads,
+// and behind the functions of csrc/cuda/mma.cuh a warp's matrix product and asynchronous copies,
+// which happen as late as they may: where they are waited for. A barrier is a mutex and a condition
+// variable, not std::barrier, whose shared pool of waiters makes ThreadSanitizer see an order
+// between threads that no barrier gave.
 #pragma once
 #include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
 
+#define FT_SIMT
 #define __global__
 #define __device__
 #define __host__
@@ -28,7 +33,12 @@ struct dim3 {
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
@@ -79,6 +89,61 @@ inline unsigned removed_barrier = 0;
 
 constexpr unsigned kEndOfBlock = ~0u;
 
+// Shared memory whose size the launch says; on the heap, so that what lies outside is found.
+inline unsigned char* shared_memory = nullptr;
+inline unsigned char* launch_shared() { return shared_memory; }
+
+// What 32 threads hold while they multiply matrices.
+struct Warp {
+  Barrier barrier{32};
+  uint32_t a[32][4], b[32][2];
+};
+inline thread_local Warp* warp;
+inline thread_local unsigned products;  // of this thread
+
+// c (16, 8) += a (16, 16) b (16, 8), the fragments as PTX has them for m16n8k16.
+template <class ToFloat>
+void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, ToFloat to_float) {
+  const unsigned lane = threadIdx.x % 32;
+  std::memcpy(warp->a[lane], a, sizeof a);
+  warp->b[lane][0] = b0;
+  warp->b[lane][1] = b1;
+  warp->barrier.wait(++products);
+  const auto half = [&](uint32_t word, unsigned k) {
+    return to_float(uint16_t(word >> (k % 2 * 16)));
+  };
+  for (unsigned e = 0; e < 4; ++e) {
+    const unsigned row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+    for (unsigned k = 0; k < 16; ++k)
+      c[e] += half(warp->a[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k) *
+              half(warp->b[column * 4 + k % 8 / 2][k / 8], k);
+  }
+  warp->barrier.wait(++products);
+}
+
+struct Copy {
+  void* to;
+  const void* from;
+  bool inside;
+};
+inline thread_local std::vector<std::vector<Copy>> groups(1);  // the last one is open
+
+inline void copy_async(void* to, const void* from, bool inside) {
+  groups.back().push_back({to, from, inside});
+}
+inline void commit_copies() { groups.emplace_back(); }
+inline void wait_for_copies(unsigned pending) {
+  while (groups.size() > pending + 1) {
+    for (const Copy& copy : groups.front()) {
+      if (copy.inside)
+        std::memcpy(copy.to, copy.from, 16);
+      else
+        std::memset(copy.to, 0, 16);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
 }  // namespace simt
 
 inline void __syncthreads() {
@@ -90,8 +155,15 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Arguments&&... arguments) {
   const dim3 grid = config->gridDim, block = config->blockDim;
   simt::Barrier barrier(block.x);
+  std::vector<simt::Warp> warps((block.x + 31) / 32);
+  const std::unique_ptr<unsigned char[], decltype(&std::free)> shared(
+      static_cast<unsigned char*>(
+          std::aligned_alloc(16, (config->dynamicSmemBytes + 15) / 16 * 16)),
+      std::free);
+  simt::shared_memory = shared.get();
   const auto run = [&](unsigned thread) {
     simt::barrier = &barrier;
+    simt::warp = &warps[thread / 32];
     threadIdx = dim3(thread, 0, 0);
     blockDim = block;
     gridDim = grid;

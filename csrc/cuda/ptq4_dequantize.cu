@@ -1,0 +1,87 @@
+// W from its 4-bit codes, in any dtype; what a chunk of rows goes through on its way to a GEMM of
+// torch's, and the op int4_dequantize.
+//
+// A thread makes eight consecutive elements of a row out of four bytes: 16 bytes written at once in
+// a half dtype, 32 in float32. Bound by those writes. Where rows do not begin at such addresses, or
+// a permutation scatters them, elements go one by one.
+//
+// Numerics: (code - zero) * scale in float32, one rounding.
+#include "cuda/ptq4.cuh"
+#include "cuda/tile.cuh"
+#include "fastft/api.h"
+
+namespace fastft {
+namespace {
+
+constexpr int kElements = kGroup;  // of a thread
+
+// Eight values of a row; those beyond its end are of codes 0, whose scale may be any.
+__device__ __forceinline__ void read_elements(const QuantizedMatrix& w, int64_t row, int64_t column,
+                                              bool aligned, float (&value)[kElements]) {
+  const uint8_t* codes = w.codes + row * code_bytes(w.k) + column / 2;
+  uint32_t word = 0;
+  if (aligned && column + kElements <= w.k) {
+    word = *reinterpret_cast<const uint32_t*>(codes);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (column / 2 + i < code_bytes(w.k)) word |= uint32_t(codes[i]) << 8 * i;
+  }
+  int64_t group = -1;
+  float scale = 0.0f, zero = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kElements; ++i) {
+    if (column + i < w.k && (i == 0 || (column + i) / w.group_size != group)) {
+      group = (column + i) / w.group_size;
+      scale = scale_of(w, row, group);
+      zero = zero_of(w, row, group);
+    }
+    const uint32_t code = word >> 4 * i & 15u;
+    value[i] = (w.table ? w.table[code] : code_float(code) - zero) * scale;
+  }
+}
+
+template <class T>
+__global__ __launch_bounds__(kThreads) void int4_dequantize(T* weight, QuantizedMatrix w,
+                                                            const int32_t* perm, bool aligned) {
+  const int64_t per_row = ceil_div<int64_t>(w.k, kElements);
+  const int64_t place = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t row = place / per_row, column = place % per_row * kElements;
+  if (row >= w.n) return;
+  float value[kElements];
+  read_elements(w, row, column, aligned, value);
+  Group<T> group{};
+#pragma unroll
+  for (int i = 0; i < kElements; ++i) group.set(i, from_float<T>(value[i]));
+  T* target = weight + row * w.k;
+  if (!perm && aligned && column + kElements <= w.k) {
+    *reinterpret_cast<Group<T>*>(target + column) = group;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kElements; ++i)
+    if (column + i < w.k) target[perm ? int64_t(perm[column + i]) : column + i] = group.get(i);
+}
+
+}  // namespace
+}  // namespace fastft
+
+using namespace fastft;
+
+int ft_cuda_int4_dequantize(void* weight, const uint8_t* codes, const void* scale, const void* zero,
+                            const int32_t* perm, const float* table, int64_t n, int64_t k,
+                            int64_t group_size, int32_t scale_dtype, int32_t zero_dtype,
+                            int32_t dtype, void* stream) {
+  const char* op = "int4_dequantize";
+  FT_CHECK(group_size > 0, "%s: no group size", op);
+  const QuantizedMatrix w =
+      quantized_matrix(codes, scale, zero, table, n, k, group_size, scale_dtype, zero_dtype);
+  const int64_t blocks = ceil_div<int64_t>(n * ceil_div<int64_t>(k, kElements), kThreads);
+  return with_dtypes(op, dtype, dtype, [&](auto base, auto) {
+    using T = typename decltype(base)::type;
+    const bool aligned = reinterpret_cast<uintptr_t>(weight) % 16 == 0 &&
+                         reinterpret_cast<uintptr_t>(codes) % 4 == 0 && k % kElements == 0;
+    return launch(op, stream, blocks, int4_dequantize<T>, static_cast<T*>(weight), w, perm,
+                  aligned);
+  });
+}
