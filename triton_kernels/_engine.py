@@ -5,18 +5,15 @@ has been measured on it.
     fused    the base product with the low-rank term in its accumulator, in Triton
     decode   the whole forward of a few tokens without dropout, in Triton
 
-``_engine.json`` holds the measurements: ``{device name: {"provenance": ..., "rows": [...]}}``,
-written by ``make gpu-tune FAMILY=lora``. Where it knows nothing near a problem, gemm runs: a fused
-product that is a tenth slower than cuBLAS's loses more than fusing gains, so it takes a measurement
-to be picked.
+``_engine.json`` holds the measurements, written by ``make gpu-tune FAMILY=lora``. Where it knows
+nothing near a problem, gemm runs: a fused product that is a tenth slower than cuBLAS's loses more
+than fusing gains, so it takes a measurement to be picked.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,13 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from pyfastft._random import GROUP
+from pyfastft.triton_kernels import _measured
 from pyfastft.triton_kernels._plan import MASKED_TILE
 
 ENGINES = ("gemm", "fused", "decode")
 TABLE = Path(__file__).with_name("_engine.json")
-
-# A measurement speaks for sizes within this factor of its own, each of them.
-REACH = 2.0
 
 
 @dataclass(frozen=True)
@@ -204,8 +199,8 @@ def _unmeasured(device: str) -> Choice | None:
 
 @functools.lru_cache(maxsize=4096)
 def _measured_choice(problem: Problem, device: str) -> Choice:
-    found = min(table()[device]["rows"], key=lambda row: _distance(row, problem))
-    if not problem.aligned or _distance(found, problem) > math.log2(REACH):
+    found = _measured.nearest(table()[device]["rows"], problem, SAME, NEAR)
+    if not problem.aligned or found is None:
         return Choice("gemm", f"nothing near has been measured on {device}")
     why = f"measured on {device} at M={found['m']} N={found['n']} K={found['k']} R={found['r']}"
     engine = found["engine"]
@@ -219,26 +214,14 @@ def _measured_choice(problem: Problem, device: str) -> Choice:
     return Choice(engine, why, tiles) if tiles in offered else Choice("gemm", f"{why}, outdated")
 
 
-def _distance(row: dict[str, Any], problem: Problem) -> float:
-    """The largest factor between a measured size and the problem's, as a binary logarithm."""
-    if any(row[name] != getattr(problem, name) for name in SAME):
-        return math.inf
-    return max(abs(math.log2(row[name] / getattr(problem, name))) for name in NEAR)
-
-
 def table() -> dict[str, Any]:
     """The committed measurements, by device name."""
-    return _read(TABLE)
-
-
-@functools.cache
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+    return _measured.read(TABLE)
 
 
 def forget() -> None:
     """Read the table anew at the next call."""
-    for cached in (_read, _unmeasured, _measured_choice):
+    for cached in (_measured.read, _unmeasured, _measured_choice):
         cached.cache_clear()
 
 

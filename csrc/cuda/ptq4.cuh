@@ -79,17 +79,9 @@ int make_int4_linear(const char* op, Int4Linear<T>& p, void* y, float* partials,
 inline QuantizedMatrix quantized_matrix(const uint8_t* codes, const void* scale, const void* zero,
                                         const float* table, int64_t n, int64_t k,
                                         int64_t group_size, int32_t scale_dtype,
-                                        int32_t zero_dtype) {
-  return {codes,
-          scale,
-          zero_dtype == kNoZero ? nullptr : zero,
-          table,
-          n,
-          k,
-          ceil_div(k, group_size),
-          group_size,
-          scale_dtype,
-          zero_dtype};
+                                        int32_t zero_kind) {
+  const int64_t groups = ceil_div(k, group_size);
+  return {codes, scale, zero, table, n, k, groups, group_size, scale_dtype, zero_kind};
 }
 
 }  // namespace fastft

@@ -187,14 +187,14 @@ using namespace fastft;
 int ft_cuda_int4_gemv(void* y, float* partials, const void* x, const uint8_t* codes,
                       const void* scale, const void* zero, const void* bias, const float* table,
                       int64_t partials_floats, int64_t m, int64_t n, int64_t k, int64_t group_size,
-                      int64_t x_stride_m, int64_t splits, int32_t scale_dtype, int32_t zero_dtype,
+                      int64_t x_stride_m, int64_t splits, int32_t scale_dtype, int32_t zero_kind,
                       int32_t dtype, void* stream) {
   const char* op = "int4_gemv";
   FT_CHECK(m >= 1 && m <= 4, "%s: %lld rows, at most 4", op, static_cast<long long>(m));
   FT_CHECK(group_size % kLaneCodes == 0 || group_size >= k, "%s: groups of %lld", op,
            static_cast<long long>(group_size));
   const QuantizedMatrix w =
-      quantized_matrix(codes, scale, zero, table, n, k, group_size, scale_dtype, zero_dtype);
+      quantized_matrix(codes, scale, zero, table, n, k, group_size, scale_dtype, zero_kind);
   return with_dtypes(op, dtype, dtype, [&](auto base, auto) {
     using T = typename decltype(base)::type;
     Int4Linear<T> p{};

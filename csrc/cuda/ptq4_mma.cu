@@ -39,10 +39,6 @@ constexpr int kPairBytes = 256 * 32 * 4;
 constexpr int kSumPitch = kRows + 4;
 constexpr int kTilesBesideSumsOfX = 4;  // of x: with more, their sums have no registers left
 
-__host__ __device__ __forceinline__ bool has_fractional_zeros(const QuantizedMatrix& w) {
-  return w.zero && w.zero_dtype != kCodeZeros;
-}
-
 template <int kTiles>
 constexpr int kStageBytes = kCodeBytes + kTiles * 8 * kDepth * 2;
 
@@ -181,9 +177,9 @@ __global__ __launch_bounds__(kThreads, kTiles == 2 ? 2 : 1) void int4_mma(Int4Li
   const int first_run = warp / kWarpsAlongRows * kWarpRunsPerStage;
   const int64_t tiles = ceil_div<int64_t>(p.w.n, kRows);
   const int64_t first_row = blockIdx.x % tiles * kRows, split = blockIdx.x / tiles;
-  const bool integer_zeros = !kTable && p.w.zero && p.w.zero_dtype == kCodeZeros;
+  const bool integer_zeros = !kTable && p.w.zero_kind == FT_ZERO_UINT8;
   const bool fractional_zeros =
-      !kTable && kTiles <= kTilesBesideSumsOfX && has_fractional_zeros(p.w);
+      !kTable && kTiles <= kTilesBesideSumsOfX && p.w.zero_kind == FT_ZERO_FLOAT;
 
   Operands<T, kTable> operands;
   if constexpr (kTable) {
@@ -301,7 +297,7 @@ int launch_mma(const char* op, void* stream, const Int4Linear<T>& p) {
 template <class T, bool kTable>
 int launch_tiles(const char* op, void* stream, const Int4Linear<T>& p) {
   constexpr int kFewerRows = kTilesBesideSumsOfX * 8;
-  if (!kTable && p.m > kFewerRows && has_fractional_zeros(p.w)) {
+  if (!kTable && p.m > kFewerRows && p.w.zero_kind == FT_ZERO_FLOAT) {
     Int4Linear<T> first = p, rest = p;
     first.m = kFewerRows;
     rest.m = p.m - kFewerRows;
@@ -323,7 +319,7 @@ using namespace fastft;
 int ft_cuda_int4_mma(void* y, float* partials, const void* x, const uint8_t* codes,
                      const void* scale, const void* zero, const void* bias, const float* table,
                      int64_t partials_floats, int64_t m, int64_t n, int64_t k, int64_t group_size,
-                     int64_t x_stride_m, int64_t splits, int32_t scale_dtype, int32_t zero_dtype,
+                     int64_t x_stride_m, int64_t splits, int32_t scale_dtype, int32_t zero_kind,
                      int32_t dtype, void* stream) {
   const char* op = "int4_mma";
   FT_CHECK(m >= 1 && m <= 64, "%s: %lld rows, at most 64", op, static_cast<long long>(m));
@@ -331,7 +327,7 @@ int ft_cuda_int4_mma(void* y, float* partials, const void* x, const uint8_t* cod
            "%s: K %lld, groups of %lld", op, static_cast<long long>(k),
            static_cast<long long>(group_size));
   const QuantizedMatrix w =
-      quantized_matrix(codes, scale, zero, table, n, k, group_size, scale_dtype, zero_dtype);
+      quantized_matrix(codes, scale, zero, table, n, k, group_size, scale_dtype, zero_kind);
   const auto run = [&](auto half) {
     using T = typename decltype(half)::type;
     Int4Linear<T> p{};

@@ -4,24 +4,20 @@
 #pragma once
 #include <cstdint>
 
+#include "fastft/codebook.h"
 #include "fastft/dtype.h"
 
 namespace fastft {
-
-// What the zero points are, where they are no float dtype's.
-constexpr int32_t kNoZero = -1;    // 8 is implied, and 0 beside a table
-constexpr int32_t kCodeZeros = 3;  // uint8
-constexpr float kImpliedZero = 8.0f;
 
 // A matrix of 4-bit codes (n, k) and what they mean. A row has ceil(k / 2) bytes, an even k in the
 // low half of its byte, and `groups` scales. Pointers are the device's.
 struct QuantizedMatrix {
   const uint8_t* codes;
   const void* scale;   // (n, groups), float or bf16 or fp16
-  const void* zero;    // (n, groups) or null
+  const void* zero;    // (n, groups)
   const float* table;  // 16 numbers, or null: the codes are integers
   int64_t n, k, groups, group_size;
-  int32_t scale_dtype, zero_dtype;
+  int32_t scale_dtype, zero_kind;
 };
 
 FT_HOST_DEVICE int64_t code_bytes(int64_t k) { return (k + 1) / 2; }
@@ -29,8 +25,7 @@ FT_HOST_DEVICE int64_t code_bytes(int64_t k) { return (k + 1) / 2; }
 FT_HOST_DEVICE float load_number(const void* data, int32_t dtype, int64_t index) {
   if (dtype == FT_FLOAT32) return static_cast<const float*>(data)[index];
   if (dtype == FT_BFLOAT16) return to_float(static_cast<const bf16*>(data)[index]);
-  if (dtype == FT_FLOAT16) return to_float(static_cast<const fp16*>(data)[index]);
-  return float(static_cast<const uint8_t*>(data)[index]);
+  return to_float(static_cast<const fp16*>(data)[index]);
 }
 
 FT_HOST_DEVICE float scale_of(const QuantizedMatrix& w, int64_t row, int64_t group) {
@@ -40,11 +35,10 @@ FT_HOST_DEVICE float scale_of(const QuantizedMatrix& w, int64_t row, int64_t gro
 // What is subtracted from a row's code before it is scaled.
 FT_HOST_DEVICE float zero_of(const QuantizedMatrix& w, int64_t row, int64_t group) {
   if (w.table) return 0.0f;
-  return w.zero ? load_number(w.zero, w.zero_dtype, row * w.groups + group) : kImpliedZero;
-}
-
-FT_HOST_DEVICE uint32_t code_at(const uint8_t* row, int64_t k) {
-  return row[k / 2] >> k % 2 * 4 & 15u;
+  if (w.zero_kind == FT_ZERO_NONE) return kImpliedZero;
+  const int64_t place = row * w.groups + group;
+  if (w.zero_kind == FT_ZERO_UINT8) return float(static_cast<const uint8_t*>(w.zero)[place]);
+  return load_number(w.zero, w.scale_dtype, place);
 }
 
 // Integers 0..15 as floats: 2^23 + code has the code in its last bits, and subtracting is exact.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -91,6 +91,10 @@ class Stages(Protocol):
         threshold: int,
     ) -> None:
         """dx += s dropout(t A)."""
+
+
+# A base product of another kind than torch's GEMM: writes its first argument, a matrix.
+Base = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 def matrix_rows(tensor: torch.Tensor, columns: int) -> torch.Tensor:
@@ -206,8 +210,13 @@ def forward(
     gate: torch.Tensor | None,
     packed: torch.Tensor | None,
     packed_dx: torch.Tensor | None,
+    *,
+    base: Base | None = None,
 ) -> None:
-    """lora_linear: y = x W^T + b, then y += s (xa * g) B^T with xa = dropout(x) A^T."""
+    """lora_linear: y = x W^T + b, then y += s (xa * g) B^T with xa = dropout(x) A^T.
+
+    ``base(y, x)``, for a weight that is None, computes the base product, its bias included.
+    """
     n, r = lora_b.shape
     k = lora_a.shape[1]
     x = matrix_rows(x, k)
@@ -237,7 +246,9 @@ def forward(
         )
         return
     if choice.engine == "gemm":
-        if weight is None:
+        if base is not None:
+            base(y, x)
+        elif weight is None:
             y.zero_() if bias is None else y.copy_(bias.expand_as(y))
         elif bias is None:
             torch.mm(x, weight.T, out=y)
@@ -295,8 +306,13 @@ def backward(
     packed: torch.Tensor | None,
     packed_dx: torch.Tensor | None,
     need: Sequence[bool],
+    *,
+    base: Base | None = None,
 ) -> None:
-    """lora_linear_backward; computes what ``need`` (x, W, A, B, b, s, g) asks for and no more."""
+    """lora_linear_backward; computes what ``need`` (x, W, A, B, b, s, g) asks for and no more.
+
+    ``base(dx, grad)``, for a weight that is None, computes the base's share of dx.
+    """
     n, r = lora_b.shape
     k = lora_a.shape[1]
     need_x, need_weight, need_a, need_b, need_bias, need_scaling, need_gate = need
@@ -311,7 +327,9 @@ def backward(
     choice = choose("backward", grad, weight, lora_a, threshold)
     if need_x:
         dx = dx.view(m, k)
-        if weight is None:
+        if base is not None:
+            base(dx, grad)
+        elif weight is None:
             dx.zero_()
         elif choice.engine == "gemm":
             torch.mm(grad, weight, out=dx)

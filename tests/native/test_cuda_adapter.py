@@ -22,8 +22,9 @@ from pyfastft.testing.tolerance import assert_accurate
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-OPS = ("lora_linear", "lora_projections", "lora_adapters")
+OPS = ("lora_linear", "lora_projections", "lora_adapters", "int4_linear", "int4_lora_linear")
 SAMPLES = [s for op in OPS for way in ("", "_backward") for s in samples(op + way)]
+SAMPLES += samples("int4_dequantize")
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found")
 

@@ -21,7 +21,10 @@ ROOT = Path(__file__).parents[2]
 TARGETS = {"sm_80", "sm_90a", "sm_100"}
 STATIC_SHARED_BYTES = 48 * 1024
 REGISTERS = 65536  # of a multiprocessor
-KERNELS = {"row_products", "column_products", "add_product", "add_partials", "dot"}
+KERNELS = {
+    *("row_products", "column_products", "add_product", "add_partials", "dot"),
+    *("int4_dequantize", "int4_gemv", "int4_mma", "int4_add_partials"),
+}
 # The kernels that read a wide matrix, each a whole group of eight elements at a time.
 WIDE_KERNELS = {"row_products", "column_products", "add_product"}
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found")
 
-NO_ZERO, CODE_ZEROS = -1, 3
+# Mirrors ft_zero of csrc/include/fastft/codebook.h.
+ZERO_KINDS = {None: 0, "uint8": 1, "float": 2}
 SHORT = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -86,9 +87,6 @@ class Operands:
             self.perm = torch.randperm(case.k, generator=generator).int()
 
     def shared(self) -> dict[str, torch.Tensor | int | None]:
-        zero_dtype = NO_ZERO
-        if self.zero is not None:
-            zero_dtype = DTYPES.get(self.zero.dtype, CODE_ZEROS)
         return {
             "codes": self.codes,
             "scale": self.scale,
@@ -98,7 +96,7 @@ class Operands:
             "k": self.case.k,
             "group_size": self.case.group,
             "scale_dtype": DTYPES[self.scale.dtype],
-            "zero_dtype": zero_dtype,
+            "zero_kind": ZERO_KINDS[self.case.zero],
             "dtype": DTYPES[self.dtype],
             "stream": None,
         }
@@ -153,8 +151,19 @@ WEIGHTS = (
 def test_dequantize(kernels: Kernels, case: Case) -> None:
     operands = Operands(case)
     weight = torch.full((case.n, case.k), torch.nan, dtype=operands.dtype)
-    kernels.call("int4_dequantize", weight=weight, perm=operands.perm, **operands.shared())
-    assert_exact(weight, operands.weight(operands.dtype), "weight")
+    every = {"first_column": 0, "columns": case.k}
+    kernels.call("int4_dequantize", weight=weight, perm=operands.perm, **every, **operands.shared())
+    expected = operands.weight(operands.dtype)
+    assert_exact(weight, expected, "weight")
+    if case.perm:
+        return
+    for first, columns in ((2, 3), (8, 16)):
+        if first + columns > case.k:
+            continue
+        panel = torch.full((case.n, columns), torch.nan, dtype=operands.dtype)
+        some = {"perm": None, "first_column": first, "columns": columns}
+        kernels.call("int4_dequantize", weight=panel, **some, **operands.shared())
+        assert_exact(panel, expected[:, first : first + columns], "panel")
 
 
 # More than one slab and one block of rows; K that fills neither; rows at odd addresses.

@@ -1,11 +1,12 @@
-"""Compiles the Triton kernels of lora_linear for GPUs that need not be there; prints one JSON line
-per kernel. Runs as its own process, without TRITON_INTERPRET: see test_compile_only.py.
+"""Compiles the Triton kernels for GPUs that need not be there; prints one JSON line per kernel. Runs
+as its own process, without TRITON_INTERPRET: see test_compile_only.py.
 
     python compile_stages.py ARCHITECTURES ALIGNMENTS PRECISIONS RANKS KERNELS
 
 Each argument is a comma-separated list, e.g. ``80,90 aligned bf16-bf16,fp32-fp32 16,128 stages``;
 KERNELS are ``stages``, ``products`` with all tiles that they may have, ``product`` with the first
-of them, or ``methods``, of the ops beside lora_linear. What is compiled is what the launchers
+of them, ``methods``, of the ops beside lora_linear, or ``int4`` and ``int4-first``, the same of
+4-bit weights, for which the ranks stand for the size of a group. What is compiled is what the launchers
 launch: they run on tensors without data, their launches are recorded, and Triton's rules for
 specialising arguments are applied to those.
 """
@@ -32,9 +33,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import pyfastft.ops  # noqa: F401  the operators, before their implementations
 from pyfastft.native._torch_gemm_lists import Masks
-from pyfastft.triton_kernels import _engine
+from pyfastft.native._torch_int4 import Weight
+from pyfastft.triton_kernels import _engine, _int4_engine
 from pyfastft.triton_kernels._plan import Device
 from pyfastft.triton_kernels.lora import _fused, _stages, abs_row_sums, dora, projections
+from pyfastft.triton_kernels.ptq4 import _kernels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 POINTERS = {
@@ -43,6 +46,8 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
 }
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 # M, N, K: sizes that are multiples of 16, sizes that are multiples of nothing, sizes of which
@@ -153,7 +158,46 @@ def run_methods(o: Operands) -> None:
         abs_row_sums.factor_gradient(device, o.a, None, *operands, grad_of_rows=False)
 
 
+def run_int4(o: Operands, *, every: bool) -> None:
+    """W from its codes, and products that unpack them; zeros and scales of every kind."""
+    (_, n, k), group = o.size, o.rank
+    groups = -(-k // group)
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    codes, perm = empty(n, -(-k // 2), dtype=torch.uint8), empty(k, dtype=torch.int32)
+    scales = (empty(n, groups, dtype=torch.float32), empty(n, groups, dtype=torch.bfloat16))
+    table = empty(16, dtype=torch.float32)
+    zeros = (None, empty(n, groups, dtype=torch.uint8), scales[0])
+    weights = [Weight(codes, scales[0], zero, None, k, group) for zero in zeros]
+    weights += [Weight(codes, scale, None, table, k, group) for scale in scales]
+    for weight in weights if every else weights[1::2]:
+        _kernels.dequantize(empty(n, k, dtype=o.x.dtype), weight)
+        _kernels.dequantize(empty(n, 64, dtype=o.x.dtype), weight, first=64)
+        zero = "none" if weight.zero is None else str(weight.zero.dtype)
+        names = (str(o.x.dtype).removeprefix("torch."), zero)
+        problem = _int4_engine.Problem(o.size[0], n, k, group, *names, True, k % 32 == 0)
+        if _int4_engine.why_not("product", problem):
+            continue
+        tiles = _int4_engine.candidates("product", problem)
+        for one in tiles if every else tiles[:1]:
+            # One processor is filled by the tiles of y; a hundred thousand are not.
+            for multiprocessors in (1, 100_000):
+                _kernels.product(
+                    y=o.y,
+                    x=o.x,
+                    weight=weight,
+                    bias=o.bias,
+                    tiles=one,
+                    multiprocessors=multiprocessors,
+                )
+    _kernels.dequantize(empty(n, k, dtype=o.x.dtype), weights[0], perm=perm)
+
+
 RUNS = {
+    "int4": functools.partial(run_int4, every=True),
+    "int4-first": functools.partial(run_int4, every=False),
     "methods": run_methods,
     "stages": run_stages,
     "products": functools.partial(run_products, every=True),
@@ -164,7 +208,7 @@ RUNS = {
 def record_launches(operands: Operands, kernels: str) -> list:
     """What one of RUNS launches."""
     launches: list = []
-    for module in (_stages, _fused, abs_row_sums, dora, projections):
+    for module in (_stages, _fused, abs_row_sums, dora, projections, _kernels):
         for name, value in vars(module).copy().items():
             if name.endswith("_kernel"):
                 kernel = value.kernel if isinstance(value, Recorder) else value
@@ -215,6 +259,8 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 def multiplies_half(arguments: dict[str, Any]) -> bool:
     """Whether tensor cores have to run: for a half base, a half factor, or one cut into halves."""
     base = arguments.get("w_ptr", arguments.get("w"))
+    if "codes_ptr" in arguments:
+        base = arguments.get("x_ptr")
     base = getattr(base, "base", base)
     return (
         arguments.get("DOT") in (tl.bfloat16, tl.float16)
@@ -250,6 +296,7 @@ def main(architectures: str, alignments: str, precisions: str, ranks: str, kerne
                     "KNOWN",
                     "WITH_W",
                     "NEED_W",
+                    "COMMON_GROUP",
                 )
                 row = {
                     "kernel": kernel.__name__,

@@ -328,16 +328,19 @@ FT_API int ft_cpu_int4_lora_linear_backward(
     int64_t group_size, int64_t grad_stride_m, int64_t grad_stride_n, int64_t x_stride_m,
     int64_t x_stride_k, uint32_t threshold, int32_t codebook, int32_t zero_kind,
     int32_t scale_dtype, int32_t dtype, int32_t adapter_dtype, int32_t threads);
-// 4-bit weights on a GPU. codes (n, ceil(k / 2)) bytes, an even k in the low half of its byte; scale
-// and zero (n, ceil(k / group_size)); zero_dtype is a dtype's code, 3 for uint8, -1 where there is
-// none. W[n, k] = scale * (code - zero), zero 8 where there is none, or scale * table[code] where
-// there is a table of 16 floats, on the device as all pointers are.
 
-// [out] weight (n, k), contiguous; with perm (k) column j of the codes is column perm[j] of weight.
+// 4-bit weights on a GPU. codes (n, ceil(k / 2)) bytes, an even k in the low half of its byte;
+// scale and zero (n, ceil(k / group_size)); zero_kind is one of ft_zero. W[n, k] = scale * (code -
+// zero), or scale * table[code] where there is a table of 16 floats. All pointers are the device's.
+
+// Columns of W in the order of the codes, or all of W in that of the features.
+// [out] weight (n, columns), contiguous: those from first_column, an even one, on; with perm (k),
+// where it is all columns, column j of the codes is column perm[j] of weight.
 FT_API int ft_cuda_int4_dequantize(void* weight, const uint8_t* codes, const void* scale,
                                    const void* zero, const int32_t* perm, const float* table,
-                                   int64_t n, int64_t k, int64_t group_size, int32_t scale_dtype,
-                                   int32_t zero_dtype, int32_t dtype, void* stream);
+                                   int64_t n, int64_t k, int64_t group_size, int64_t first_column,
+                                   int64_t columns, int32_t scale_dtype, int32_t zero_kind,
+                                   int32_t dtype, void* stream);
 
 // y = x W^T + bias for at most four rows; group_size is a multiple of 16 or at least k.
 // [out] y (m, n); [work] partials: splits * m * n floats where splits > 1; [in] x (m, k) with a row
@@ -346,7 +349,7 @@ FT_API int ft_cuda_int4_gemv(void* y, float* partials, const void* x, const uint
                              const void* scale, const void* zero, const void* bias,
                              const float* table, int64_t partials_floats, int64_t m, int64_t n,
                              int64_t k, int64_t group_size, int64_t x_stride_m, int64_t splits,
-                             int32_t scale_dtype, int32_t zero_dtype, int32_t dtype, void* stream);
+                             int32_t scale_dtype, int32_t zero_kind, int32_t dtype, void* stream);
 
 // The same for at most 64 rows of a half dtype on tensor cores; k is a multiple of 32, so is
 // group_size unless it is at least k, and rows of x and of codes begin at multiples of 16 bytes.
@@ -354,4 +357,4 @@ FT_API int ft_cuda_int4_mma(void* y, float* partials, const void* x, const uint8
                             const void* scale, const void* zero, const void* bias,
                             const float* table, int64_t partials_floats, int64_t m, int64_t n,
                             int64_t k, int64_t group_size, int64_t x_stride_m, int64_t splits,
-                            int32_t scale_dtype, int32_t zero_dtype, int32_t dtype, void* stream);
+                            int32_t scale_dtype, int32_t zero_kind, int32_t dtype, void* stream);

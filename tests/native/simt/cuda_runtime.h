@@ -51,37 +51,46 @@ namespace simt {
 
 // Every thread must come to the same barrier: `place` tells them apart, and a difference, which on
 // a GPU is undefined behaviour, ends the program.
+//
+// Two gates take turns. With one, a thread that wakes late would take the lock after those that
+// have already come to the next barrier, and ThreadSanitizer would see an order there.
 class Barrier {
  public:
   explicit Barrier(unsigned threads) : threads_(threads) {}
 
-  void wait(unsigned place) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    if (arrived_ == 0) place_ = place;
-    if (place != place_) {
+  // `turn` counts this thread's barriers here.
+  void wait(unsigned place, unsigned& turn) {
+    Gate& gate = gates_[turn++ % 2];
+    std::unique_lock<std::mutex> lock(gate.mutex);
+    if (gate.arrived == 0) gate.place = place;
+    if (place != gate.place) {
       std::fprintf(stderr, "simt: the threads of a block diverge at a barrier\n");
       std::abort();
     }
-    const uint64_t phase = phase_;
-    if (++arrived_ == threads_) {
-      arrived_ = 0;
-      ++phase_;
-      all_here_.notify_all();
+    const uint64_t phase = gate.phase;
+    if (++gate.arrived == threads_) {
+      gate.arrived = 0;
+      ++gate.phase;
+      gate.all_here.notify_all();
     } else {
-      all_here_.wait(lock, [&] { return phase_ != phase; });
+      gate.all_here.wait(lock, [&] { return gate.phase != phase; });
     }
   }
 
  private:
-  std::mutex mutex_;
-  std::condition_variable all_here_;
+  struct Gate {
+    std::mutex mutex;
+    std::condition_variable all_here;
+    unsigned arrived = 0, place = 0;
+    uint64_t phase = 0;
+  };
+  Gate gates_[2];
   const unsigned threads_;
-  unsigned arrived_ = 0, place_ = 0;
-  uint64_t phase_ = 0;
 };
 
 inline thread_local Barrier* barrier;
-inline thread_local unsigned passed;  // barriers of this thread in its block
+inline thread_local unsigned turn, warp_turn;  // of this thread at its block's barrier, its warp's
+inline thread_local unsigned passed;           // barriers of this thread in its block
 
 // Which __syncthreads of each block is left out, counted from 1; 0 for none. A test that removes
 // one sees whether the race detector would find a kernel that lacks it.
@@ -108,7 +117,7 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, ToFloa
   std::memcpy(warp->a[lane], a, sizeof a);
   warp->b[lane][0] = b0;
   warp->b[lane][1] = b1;
-  warp->barrier.wait(++products);
+  warp->barrier.wait(++products, warp_turn);
   const auto half = [&](uint32_t word, unsigned k) {
     return to_float(uint16_t(word >> (k % 2 * 16)));
   };
@@ -118,7 +127,7 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, ToFloa
       c[e] += half(warp->a[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k) *
               half(warp->b[column * 4 + k % 8 / 2][k / 8], k);
   }
-  warp->barrier.wait(++products);
+  warp->barrier.wait(++products, warp_turn);
 }
 
 struct Copy {
@@ -147,7 +156,7 @@ inline void wait_for_copies(unsigned pending) {
 }  // namespace simt
 
 inline void __syncthreads() {
-  if (++simt::passed != simt::removed_barrier) simt::barrier->wait(simt::passed);
+  if (++simt::passed != simt::removed_barrier) simt::barrier->wait(simt::passed, simt::turn);
 }
 
 template <class... Parameters, class... Arguments>
@@ -171,7 +180,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       blockIdx = dim3(b, 0, 0);
       simt::passed = 0;
       kernel(arguments...);
-      barrier.wait(simt::kEndOfBlock);
+      barrier.wait(simt::kEndOfBlock, simt::turn);
     }
   };
   std::vector<std::thread> threads;
