@@ -45,13 +45,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Of y^T = W x^T: tile sizes along N, M and K, and how the kernel is launched."""
+    """Of y^T = W x^T: tile sizes along N, M and K, how the kernel is launched, and whether it needs
+    the registers that products leave free on sm_90 and later."""
 
     block_n: int
     block_m: int
     block_k: int
     num_warps: int
     num_stages: int
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,19 +73,33 @@ PANEL_MULTIPLE = 256
 # Of one program of Triton's dequantization; block_k as far as a group of scales goes.
 DEQUANTIZE_TILE = Tiles(block_n=16, block_m=0, block_k=128, num_warps=4, num_stages=1)
 
-# Tiles of product, by whether tensor cores multiply; the first where no measurement says otherwise.
-# The tests compile every one for sm_80, sm_90 and sm_100: whatever spilled on one of them is not
-# here. block_k is as large as a group, at most: between two groups the sums are scaled.
-PRODUCT_TILES: dict[bool, tuple[Tiles, ...]] = {
-    True: (
-        Tiles(128, 64, 128, 8, 3),
-        Tiles(128, 128, 64, 8, 3),
-        Tiles(128, 128, 128, 8, 2),
-        Tiles(64, 64, 128, 4, 3),
-        Tiles(64, 32, 128, 4, 4),
+# Tiles of product, by what multiplies what; the first where no measurement says otherwise. block_k
+# is as large as a group, at most: between two groups the sums are scaled.
+#
+# The tests compile every one for sm_80, sm_90 and sm_100, a wide one not for sm_80: whatever
+# spilled there is not here. A product's sums stand in registers twice, of a group and of all; beside
+# them 128 deep tiles of W had no room on sm_80 with zero-points (up to 256 bytes of stack), nor
+# 128 x 128 anywhere. Numbers of a table are loaded ahead through shared memory, and their addresses
+# take registers, too. float32 has its operands in registers.
+PRODUCT_TILES: dict[str, tuple[Tiles, ...]] = {
+    "codes": (
+        Tiles(128, 64, 64, 8, 3),
+        Tiles(64, 128, 64, 8, 3),
+        Tiles(64, 64, 64, 4, 3),
+        Tiles(64, 32, 64, 4, 4),
+        Tiles(128, 128, 64, 8, 3, wide=True),
     ),
-    False: (Tiles(64, 32, 32, 8, 2),),
+    "table": (
+        Tiles(128, 64, 64, 8, 3),
+        Tiles(64, 128, 64, 8, 3),
+        Tiles(64, 32, 64, 4, 4),
+        Tiles(128, 128, 64, 8, 3, wide=True),
+    ),
+    "float32": (Tiles(64, 32, 32, 8, 2),),
 }
+# Where Triton loads each element by itself.
+UNALIGNED_TILES = Tiles(32, 32, 32, 4, 2)
+WIDE_SINCE = (9, 0)
 SMALLEST_BLOCK_K = 32
 
 # What the CUDA kernels can take; csrc/cuda/ptq4_gemv.cu and ptq4_mma.cu.
@@ -136,6 +152,13 @@ def _whole_groups(problem: Problem, multiple: int) -> bool:
     return problem.group_size % multiple == 0 or problem.group_size >= problem.k
 
 
+def kind_of(problem: Problem) -> str:
+    """What multiplies what: a key of :data:`PRODUCT_TILES`."""
+    if problem.dtype == "float32":
+        return "float32"
+    return "table" if problem.table else "codes"
+
+
 def why_not(engine: str, problem: Problem) -> str | None:
     """Why an engine cannot compute a problem, or None where it can."""
     if engine == "gemv":
@@ -162,10 +185,8 @@ def candidates(engine: str, problem: Problem) -> tuple[Tiles, ...]:
     if engine != "product":
         return ()
     largest = common_group(problem.k, problem.group_size)
-    found = (
-        replace(one, block_k=min(one.block_k, largest))
-        for one in PRODUCT_TILES[problem.dtype != "float32"]
-    )
+    tiles = PRODUCT_TILES[kind_of(problem)] if problem.aligned else (UNALIGNED_TILES,)
+    found = (replace(one, block_k=min(one.block_k, largest)) for one in tiles)
     return tuple(dict.fromkeys(found))
 
 

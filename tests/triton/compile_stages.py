@@ -1,14 +1,14 @@
-"""Compiles the Triton kernels for GPUs that need not be there; prints one JSON line per kernel. Runs
-as its own process, without TRITON_INTERPRET: see test_compile_only.py.
+"""Compiles the Triton kernels for GPUs that need not be there; prints one JSON line per kernel.
+Runs as its own process, without TRITON_INTERPRET: see test_compile_only.py.
 
     python compile_stages.py ARCHITECTURES ALIGNMENTS PRECISIONS RANKS KERNELS
 
 Each argument is a comma-separated list, e.g. ``80,90 aligned bf16-bf16,fp32-fp32 16,128 stages``;
 KERNELS are ``stages``, ``products`` with all tiles that they may have, ``product`` with the first
-of them, ``methods``, of the ops beside lora_linear, or ``int4`` and ``int4-first``, the same of
-4-bit weights, for which the ranks stand for the size of a group. What is compiled is what the launchers
-launch: they run on tensors without data, their launches are recorded, and Triton's rules for
-specialising arguments are applied to those.
+of them, ``methods``, of the ops beside lora_linear, or ``int4``, ``int4-narrow`` and ``int4-first``,
+of 4-bit weights, for which the ranks stand for the size of a group: with all tiles, with those that
+fit sm_80, with the first. What is compiled is what the launchers launch: they run on tensors without
+data, their launches are recorded, and Triton's rules for specialising arguments are applied.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def run_methods(o: Operands) -> None:
         abs_row_sums.factor_gradient(device, o.a, None, *operands, grad_of_rows=False)
 
 
-def run_int4(o: Operands, *, every: bool) -> None:
+def run_int4(o: Operands, *, every: bool, wide: bool = True) -> None:
     """W from its codes, and products that unpack them; zeros and scales of every kind."""
     (_, n, k), group = o.size, o.rank
     groups = -(-k // group)
@@ -175,13 +175,17 @@ def run_int4(o: Operands, *, every: bool) -> None:
     for weight in weights if every else weights[1::2]:
         _kernels.dequantize(empty(n, k, dtype=o.x.dtype), weight)
         _kernels.dequantize(empty(n, 64, dtype=o.x.dtype), weight, first=64)
-        zero = "none" if weight.zero is None else str(weight.zero.dtype)
-        names = (str(o.x.dtype).removeprefix("torch."), zero)
-        problem = _int4_engine.Problem(o.size[0], n, k, group, *names, True, k % 32 == 0)
+        problem = _int4_engine.Problem(
+            *(*o.size, group, str(o.x.dtype).removeprefix("torch."), "any"),
+            table=weight.table is not None,
+            aligned=k % 32 == 0,
+        )
         if _int4_engine.why_not("product", problem):
             continue
         tiles = _int4_engine.candidates("product", problem)
         for one in tiles if every else tiles[:1]:
+            if one.wide and not wide:
+                continue
             # One processor is filled by the tiles of y; a hundred thousand are not.
             for multiprocessors in (1, 100_000):
                 _kernels.product(
@@ -197,6 +201,7 @@ def run_int4(o: Operands, *, every: bool) -> None:
 
 RUNS = {
     "int4": functools.partial(run_int4, every=True),
+    "int4-narrow": functools.partial(run_int4, every=True, wide=False),
     "int4-first": functools.partial(run_int4, every=False),
     "methods": run_methods,
     "stages": run_stages,

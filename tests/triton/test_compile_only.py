@@ -36,6 +36,7 @@ METHODS = {
     "_scale_columns_kernel",
     "_scale_columns_backward_kernel",
 }
+INT4 = {"_int4_dequantize_kernel", "_int4_product_kernel", "_int4_add_parts_kernel"}
 SUMS = {"_abs_row_sums_kernel", "_abs_row_sums_backward_kernel"}
 PRECISIONS = ["bf16-bf16", "fp32-fp32", "bf16-fp32"]
 # A rank per tile of ranks, and one that Triton cannot align.
@@ -72,6 +73,7 @@ def check(rows: list[dict], kernels: set[str]) -> None:
 def test_launches_compile_without_spills() -> None:
     rows = compile_kernels("90", "aligned", "bf16-bf16", "16", "stages,product,methods")
     check(rows, STAGES | PRODUCTS | METHODS | SUMS)
+    check(compile_kernels("90", "aligned", "bf16-bf16", "128", "int4-first"), INT4)
 
 
 @pytest.mark.more
@@ -98,3 +100,14 @@ def test_methods_compile_without_spills(alignment: str, precision: str) -> None:
 def test_float16_compiles_as_bfloat16_does(precision: str) -> None:
     rows = compile_kernels("80,90,100", "aligned,odd", precision, "16", "stages,product,methods")
     check(rows, STAGES | PRODUCTS | METHODS)
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("precision", ["bf16-bf16", "fp16-fp16", "fp32-fp32"])
+@pytest.mark.parametrize("alignment", ["aligned", "odd"])
+def test_4_bit_weights_compile_without_spills(alignment: str, precision: str) -> None:
+    """Groups of a tile and more, of half a tile, and of parts of one."""
+    every = precision == "bf16-bf16" and alignment == "aligned"
+    groups = "128,32,24" if every else "128,24"
+    check(compile_kernels("80", alignment, precision, groups, "int4-narrow"), INT4)
+    check(compile_kernels("90,100", alignment, precision, groups, "int4"), INT4)

@@ -53,10 +53,16 @@ def check(args: tuple[object, ...], engine: str) -> None:
     assert_accurate(actual, truth, naive)
 
 
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in _int4_engine.PRODUCT_TILES:
+        monkeypatch.setitem(_int4_engine.PRODUCT_TILES, kind, (SMALL,))
+    monkeypatch.setattr(_int4_engine, "UNALIGNED_TILES", SMALL)
+
+
 @needs_kernels
 @pytest.mark.parametrize(("shape", "precision"), SHAPES, ids=str)
 def test_product(monkeypatch: pytest.MonkeyPatch, shape: Int4Shape, precision: Precision) -> None:
-    monkeypatch.setitem(_int4_engine.PRODUCT_TILES, precision is not FP32, (SMALL,))
+    small_tiles(monkeypatch)
     check(arguments(shape, precision, DEVICE), "product")
 
 
@@ -64,7 +70,7 @@ def test_product(monkeypatch: pytest.MonkeyPatch, shape: Int4Shape, precision: P
 def test_parts_of_k_are_added_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Int4Shape("deep", (17,), 33, 300, 32, zero="uint8")
     args = arguments(shape, FP16, DEVICE)
-    monkeypatch.setitem(_int4_engine.PRODUCT_TILES, True, (SMALL,))
+    small_tiles(monkeypatch)
     many = _kernels.TritonKernels
     monkeypatch.setattr(many, "__init__", lambda self, device: setattr(self, "multiprocessors", 9))
     assert _int4_engine.parts_of(300, 32, 4, 9) == (2, 160)
@@ -133,7 +139,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     names = (*_int4_engine.SAME, *_int4_engine.NEAR)
     row = {name: getattr(PROBLEM, name) for name in names}
     rows = [{**row, "engine": "mma", "tiles": None}]
-    rows.append({**row, "m": 512, "engine": "product", "tiles": [128, 64, 128, 8, 3]})
+    rows.append({**row, "m": 512, "engine": "product", "tiles": [128, 64, 64, 8, 3, False]})
     path = tmp_path / "table.json"
     path.write_text(json.dumps({"a GPU": {"provenance": {}, "rows": rows}}))
     monkeypatch.setattr(_int4_engine, "TABLE", path)
@@ -152,7 +158,7 @@ def test_a_measurement_is_followed_where_it_reaches(measured: str) -> None:
     assert engine(m=100) == engine(group_size=64) == engine(aligned=False) == "panels"
     assert _int4_engine.plan(PROBLEM, measured, ("panels", "product")).engine == "panels"
     tiles = _int4_engine.plan(replace(PROBLEM, m=512), measured, ALL).tiles
-    assert tiles == Tiles(128, 64, 128, 8, 3)
+    assert tiles == Tiles(128, 64, 64, 8, 3)
 
 
 @pytest.mark.parametrize(
