@@ -96,7 +96,8 @@ gpu-sanitize:  ## compute-sanitizer over the CUDA backend's small samples
 	  env -u TRITON_INTERPRET PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
 	  $(GPU_PYTHON) -m pytest -q -p no:cacheprovider tests/test_registry.py \
-	  -k 'test_truth and cuda-' | tee $(RESULTS_DIR)/$$tool.log; done
+	  tests/native/test_cuda_adapter.py -m 'gpu or not more' \
+	  -k 'test_registry and test_truth and cuda- or test_engines_on_a_gpu' | tee $(RESULTS_DIR)/$$tool.log; done
 
 gpu-bench:  ## measure one family on this machine's GPU; FAMILY=lora
 	@test -n '$(FAMILY)' || { echo 'gpu-bench: set FAMILY, e.g. FAMILY=lora'; exit 2; }
@@ -107,4 +108,4 @@ gpu-tune:  ## measure which engine is fastest on this machine's GPU, write its t
 	@test -n '$(FAMILY)' || { echo 'gpu-tune: set FAMILY, e.g. FAMILY=lora'; exit 2; }
 	@mkdir -p $(RESULTS_DIR)
 	@$(GPU_PYTHON) -m pyfastft.benchmarks.tune --family $(FAMILY)
-	@cp triton_kernels/_engine.json $(RESULTS_DIR)/
+	@cp triton_kernels/_*engine.json $(RESULTS_DIR)/

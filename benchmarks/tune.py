@@ -4,8 +4,9 @@ write down which one each problem runs best on.
     python -m pyfastft.benchmarks.tune --family lora
 
 Every engine that can compute a problem, with every tile it may have, is held to the float64
-reference, then all take turns. The table is read by ``triton_kernels/_engine.py``; rows of other
-devices stay as they are. Commit it: from then on users of this GPU get what was measured.
+reference, then all take turns. The tables are read by ``triton_kernels/_engine.py`` and
+``_int4_engine.py``; rows of other devices stay as they are. Commit them: from then on users of this
+GPU get what was measured.
 """
 
 from __future__ import annotations
@@ -16,43 +17,78 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from pyfastft._op import REGISTRY, backend
+from pyfastft._op import REGISTRY, Op, backend
 from pyfastft.benchmarks import machine
 from pyfastft.benchmarks.measure import operand_sets
 from pyfastft.benchmarks.timer import Candidate, Clock, CudaClock, interleave, summarise
 from pyfastft.native import _torch_gemm
 from pyfastft.testing.samples import upcast
 from pyfastft.testing.tolerance import assert_accurate
-from pyfastft.triton_kernels import _engine
+from pyfastft.triton_kernels import _engine, _int4_engine
 from pyfastft.triton_kernels._common import device_of
-from pyfastft.triton_kernels._engine import Problem, Tiles
 
-# An engine other than torch's GEMM has to be faster by this share: a tie is not worth a kernel.
+Problem = _engine.Problem | _int4_engine.Problem
+Tiles = _engine.Tiles | _int4_engine.Tiles
+
+# An engine other than the first, which is torch's GEMM, has to be faster by this share: a tie is
+# not worth a kernel.
 MARGIN = 0.02
 _P = 0.1
-_OP = {"forward": "lora_linear", "backward": "lora_linear_backward"}
+_ENGINES: dict[type, ModuleType] = {
+    _engine.Problem: _engine,
+    _int4_engine.Problem: _int4_engine,
+}
 
 _TOKENS = (1, 4, 16, 64, 512, 2048, 8192)
 _LAYERS = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
 _DTYPES = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
+_INT4_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
+# Dtype, size of a group, zero-points, whether the codes are those of a table.
+_INT4_FORMATS = (
+    ("bfloat16", 128, "none", False),
+    ("bfloat16", 128, "uint8", False),
+    ("bfloat16", 64, "none", False),
+    ("bfloat16", 64, "uint8", False),
+    ("bfloat16", 64, "float", False),
+    ("bfloat16", 32, "none", False),
+    ("bfloat16", 64, "none", True),
+    ("float16", 128, "none", False),
+    ("float16", 128, "uint8", False),
+)
 # Each speaks for sizes up to twice and down to half its own, so these cover what lies between.
-PROBLEMS = {
+PROBLEMS: dict[str, tuple[Problem, ...]] = {
     "lora": tuple(
-        Problem(direction, m, n, k, r, dtype, adapter, dropout, aligned=True)
+        _engine.Problem(direction, m, n, k, r, dtype, adapter, dropout, aligned=True)
         for (dtype, adapter), direction, dropout, (n, k), m, r in itertools.product(
-            _DTYPES, _OP, (False, True), _LAYERS, _TOKENS, (16, 64)
+            _DTYPES, ("forward", "backward"), (False, True), _LAYERS, _TOKENS, (16, 64)
         )
-    )
+    ),
+    "ptq4": tuple(
+        _int4_engine.Problem(m, n, k, group, dtype, zero, table, aligned=True)
+        for (dtype, group, zero, table), (n, k), m in itertools.product(
+            _INT4_FORMATS, _LAYERS, _INT4_TOKENS
+        )
+    ),
 }
+TABLES = {"lora": _engine.TABLE, "ptq4": _int4_engine.TABLE}
+
+
+def _op_of(problem: Problem) -> Op:
+    if isinstance(problem, _int4_engine.Problem):
+        return REGISTRY["int4_linear"]
+    return REGISTRY["lora_linear" + ("_backward" if problem.direction == "backward" else "")]
 
 
 def arguments(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     """Random arguments of the op that computes a problem; the base is frozen."""
+    if isinstance(problem, _int4_engine.Problem):
+        return _int4_arguments(problem, device)
     m, n, k, r = problem.m, problem.n, problem.k, problem.r
     dtype, adapter = getattr(torch, problem.dtype), getattr(torch, problem.adapter)
 
@@ -71,20 +107,37 @@ def arguments(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     return grad, x, weight, a, b, xa, scaling, p, rng, None, None, None, need
 
 
+def _int4_arguments(problem: _int4_engine.Problem, device: torch.device) -> tuple[Any, ...]:
+    m, n, k, group = problem.m, problem.n, problem.k, problem.group_size
+    groups = -(-k // group)
+    x = torch.randn(m, k, device=device).to(getattr(torch, problem.dtype))
+    codes = torch.randint(256, (n, -(-k // 2)), dtype=torch.uint8, device=device)
+    scale = torch.randn(n, groups, device=device) * (0.25 * k**-0.5)
+    zero = None
+    if problem.zero == "uint8":
+        zero = torch.randint(16, (n, groups), dtype=torch.uint8, device=device)
+    elif problem.zero == "float":
+        zero = 7.5 + torch.randn(n, groups, device=device)
+    return x, codes, scale, zero, None, None, None, group, "nf4" if problem.table else "int4"
+
+
 def contenders(
     problem: Problem, capability: tuple[int, int]
 ) -> dict[str, tuple[str, Tiles | None]]:
     """Engines and tiles that can compute a problem on a device of that compute capability, by the
     name under which a row has their time; torch's GEMM first."""
+    engines = _ENGINES[type(problem)]
     found: dict[str, tuple[str, Tiles | None]] = {}
-    for engine in _engine.ENGINES:
-        if _engine.why_not(engine, problem) is None:
-            for tiles in _engine.candidates(engine, problem) or (None,):
+    for engine in engines.ENGINES:
+        if engines.why_not(engine, problem) is None:
+            for tiles in engines.candidates(engine, problem) or (None,):
                 if tiles is None:
                     found[engine] = (engine, None)
-                elif not tiles.tma or capability >= _engine.TMA_SINCE:
-                    *sizes, tma = vars(tiles).values()
-                    name = "x".join(map(str, sizes)) + (" tma" if tma else "")
+                    continue
+                *sizes, recent = vars(tiles).values()
+                if not recent or capability >= _engine.TMA_SINCE:
+                    name = "x".join(map(str, sizes))
+                    name += f" {list(vars(tiles))[-1]}" if recent else ""
                     found[f"{engine} {name}"] = (engine, tiles)
     return found
 
@@ -95,13 +148,18 @@ def hold(problem: Problem, args: tuple[Any, ...]) -> None:
     Raises:
         AssertionError: an output is not accurate.
     """
-    op = REGISTRY[_OP[problem.direction]]
+    op = _op_of(problem)
     actual = op(*args)
     with backend("reference"):
         truth, naive = op(*upcast(args)), op(*args)
-    gradient = problem.direction == "backward"
-    for i, (a, t, n) in enumerate(zip(actual, truth, naive, strict=True)):
+    gradient = op.name.endswith("_backward")
+    outputs = zip(*(_several(one) for one in (actual, truth, naive)), strict=True)
+    for i, (a, t, n) in enumerate(outputs):
         assert_accurate(a, t, n, gradient=gradient, what=f"output {i}")
+
+
+def _several(outputs: Any) -> tuple[torch.Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def tune(
@@ -116,7 +174,7 @@ def tune(
         budget_s: about how long the rounds may take.
     """
     torch.manual_seed(0)
-    op = REGISTRY[_OP[problem.direction]]
+    op, engines = _op_of(problem), _ENGINES[type(problem)]
     first = arguments(problem, device)
     footprint = sum(a.nbytes for a in first if isinstance(a, torch.Tensor))
     sets = [first]
@@ -127,11 +185,13 @@ def tune(
     for name, (engine, tiles) in entrants.items():
 
         def step(args: tuple[Any, ...], engine: str = engine, tiles: Tiles | None = tiles) -> None:
-            with _engine.forced(engine, tiles):
+            with engines.forced(engine, tiles):
                 op(*args)
 
         try:
-            with _engine.forced(engine, tiles):
+            with engines.forced(engine, tiles):
+                if not str(op.explain(*first).engine).startswith(engine):
+                    continue  # another backend's
                 hold(problem, first)
         except AssertionError as error:
             left_out.append(f"{problem}: {name}: not accurate: {error}")
@@ -139,9 +199,10 @@ def tune(
         running[name] = Candidate([lambda s=step, args=args: s(args) for args in sets])
     times = interleave(running, clock=clock, budget_s=budget_s)
     medians = {name: summarise(samples).median for name, samples in times.items()}
-    best = min(medians, key=medians.__getitem__, default="gemm")
-    if "gemm" in medians and medians[best] > (1 - MARGIN) * medians["gemm"]:
-        best = "gemm"
+    usual = engines.ENGINES[0]
+    best = min(medians, key=medians.__getitem__, default=usual)
+    if usual in medians and medians[best] > (1 - MARGIN) * medians[usual]:
+        best = usual
     engine, tiles = entrants[best]
     row = {
         **_sizes(problem),
@@ -153,7 +214,8 @@ def tune(
 
 
 def _sizes(problem: Problem) -> dict[str, Any]:
-    return {name: getattr(problem, name) for name in (*_engine.SAME, *_engine.NEAR)}
+    engines = _ENGINES[type(problem)]
+    return {name: getattr(problem, name) for name in (*engines.SAME, *engines.NEAR)}
 
 
 def write(rows: Sequence[dict[str, Any]], device: str, path: Path) -> None:
@@ -200,8 +262,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pyfastft.benchmarks.tune", description=__doc__)
     parser.add_argument("--family", choices=tuple(PROBLEMS), required=True)
     parser.add_argument("--budget", type=float, default=0.3, help="seconds of rounds per problem")
-    parser.add_argument("--output", type=Path, default=_engine.TABLE, help="the table to write")
+    parser.add_argument("--output", type=Path, help="the table to write, if not the family's")
     args = parser.parse_args(argv)
+    output = args.output or TABLES[args.family]
     if not torch.cuda.is_available():
         print("tune: torch sees no CUDA device", file=sys.stderr)
         return 2
@@ -210,11 +273,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.device("cuda", torch.cuda.current_device()),
         clock=CudaClock(),
         budget_s=args.budget,
-        output=args.output,
+        output=output,
     )
     for line in left_out:
         print(f"left out: {line}")
-    print(f"wrote {args.output}")
+    print(f"wrote {output}")
     return 1 if left_out else 0
 
 

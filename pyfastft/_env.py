@@ -52,6 +52,12 @@ VARIABLES = (
         "compute lora on a GPU with gemm, fused or decode where they can; auto goes by measurement",
     ),
     Variable(
+        "PYFASTFT_INT4_ENGINE",
+        "run",
+        "auto",
+        "compute int4_linear on a GPU with panels, gemv, mma or product; auto goes by measurement",
+    ),
+    Variable(
         "TRITON_INTERPRET",
         "run",
         "0",

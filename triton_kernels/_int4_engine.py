@@ -66,9 +66,9 @@ class Choice:
 
 
 # A panel of W: of a size that stays in L2 between being written and being read, and that is small
-# beside any W for which memory matters. Whole tiles of a GEMM's.
+# beside any W for which memory matters.
 PANEL_BYTES = 16 << 20
-PANEL_MULTIPLE = 256
+PANEL_MULTIPLE = 64
 
 # Of one program of Triton's dequantization; block_k as far as a group of scales goes.
 DEQUANTIZE_TILE = Tiles(block_n=16, block_m=0, block_k=128, num_warps=4, num_stages=1)
@@ -77,10 +77,10 @@ DEQUANTIZE_TILE = Tiles(block_n=16, block_m=0, block_k=128, num_warps=4, num_sta
 # is as large as a group, at most: between two groups the sums are scaled.
 #
 # The tests compile every one for sm_80, sm_90 and sm_100, a wide one not for sm_80: whatever
-# spilled there is not here. A product's sums stand in registers twice, of a group and of all; beside
-# them 128 deep tiles of W had no room on sm_80 with zero-points (up to 256 bytes of stack), nor
-# 128 x 128 anywhere. Numbers of a table are loaded ahead through shared memory, and their addresses
-# take registers, too. float32 has its operands in registers.
+# spilled there is not here. A product's sums stand in registers twice, of a group and of all;
+# beside them 128 deep tiles of W had no room on sm_80 with zero-points (up to 256 bytes of stack),
+# nor 128 x 128 anywhere. Numbers of a table are loaded ahead through shared memory, and their
+# addresses take registers, too. float32 has its operands in registers.
 PRODUCT_TILES: dict[str, tuple[Tiles, ...]] = {
     "codes": (
         Tiles(128, 64, 64, 8, 3),
@@ -99,7 +99,6 @@ PRODUCT_TILES: dict[str, tuple[Tiles, ...]] = {
 }
 # Where Triton loads each element by itself.
 UNALIGNED_TILES = Tiles(32, 32, 32, 4, 2)
-WIDE_SINCE = (9, 0)
 SMALLEST_BLOCK_K = 32
 
 # What the CUDA kernels can take; csrc/cuda/ptq4_gemv.cu and ptq4_mma.cu.

@@ -76,12 +76,14 @@ int make_int4_linear(const char* op, Int4Linear<T>& p, void* y, float* partials,
   return 0;
 }
 
+// Kernels divide by the size of a group in 32 bits, so one that is larger than K becomes K.
 inline QuantizedMatrix quantized_matrix(const uint8_t* codes, const void* scale, const void* zero,
                                         const float* table, int64_t n, int64_t k,
                                         int64_t group_size, int32_t scale_dtype,
                                         int32_t zero_kind) {
-  const int64_t groups = ceil_div(k, group_size);
-  return {codes, scale, zero, table, n, k, groups, group_size, scale_dtype, zero_kind};
+  const int64_t size = group_size < k ? group_size : k;
+  const int64_t groups = size > 0 ? ceil_div(k, size) : 0;
+  return {codes, scale, zero, table, n, k, groups, size, scale_dtype, zero_kind};
 }
 
 }  // namespace fastft

@@ -27,13 +27,15 @@ __device__ __forceinline__ void read_elements(const QuantizedMatrix& w, int64_t 
     for (int i = 0; i < 4; ++i)
       if (column / 2 + i < code_bytes(w.k)) word |= uint32_t(codes[i]) << 8 * i;
   }
-  int64_t group = -1;
-  float scale = 0.0f, zero = 0.0f;
+  // One division, in 32 bits; from there on the next group is where the last one ends.
+  int64_t group = uint32_t(column) / uint32_t(w.group_size);
+  int64_t next = (group + 1) * w.group_size;
+  float scale = scale_of(w, row, group), zero = zero_of(w, row, group);
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
-    if (column + i < w.k && (i == 0 || (column + i) / w.group_size != group)) {
-      group = (column + i) / w.group_size;
-      scale = scale_of(w, row, group);
+    if (column + i == next && next < w.k) {
+      next += w.group_size;
+      scale = scale_of(w, row, ++group);
       zero = zero_of(w, row, group);
     }
     const uint32_t code = word >> 4 * i & 15u;
@@ -49,7 +51,9 @@ __global__ __launch_bounds__(kThreads, 4) void int4_dequantize(T* weight, Quanti
                                                                int64_t columns, bool aligned) {
   const int64_t per_row = ceil_div<int64_t>(columns, kElements);
   const int64_t place = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t row = place / per_row, in_row = place % per_row * kElements;
+  const bool narrow = place <= UINT32_MAX;  // a division in 64 bits costs as much as all the rest
+  const int64_t row = narrow ? uint32_t(place) / uint32_t(per_row) : place / per_row;
+  const int64_t in_row = (place - row * per_row) * kElements;
   const int64_t column = first_column + in_row, end = first_column + columns;
   if (row >= w.n) return;
   float value[kElements];

@@ -112,20 +112,21 @@ __global__ __launch_bounds__(kThreads, kM == 1   ? 3
   __shared__ float table[16];
 
   const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const int64_t tiles = ceil_div<int64_t>(p.w.n, kBlockRows);
-  const int64_t tile = blockIdx.x % tiles, split = blockIdx.x / tiles;
+  const uint32_t tiles = uint32_t(ceil_div<int64_t>(p.w.n, kBlockRows));
+  const int64_t tile = blockIdx.x % tiles;
+  const int split = int(blockIdx.x / tiles);
   const int64_t first_row = tile * kBlockRows + warp / kWarpsAlongK * kWarpRows;
   const bool tabulated = p.w.table != nullptr;
   if (tabulated && thread < 16) table[thread] = p.w.table[thread];
   __syncthreads();
 
-  const int64_t slabs = ceil_div<int64_t>(p.w.k, kSlab);
-  const int64_t per_split = ceil_div(slabs, p.splits);
-  const int64_t end = (split + 1) * per_split < slabs ? (split + 1) * per_split : slabs;
+  const int slabs = int(ceil_div<int64_t>(p.w.k, kSlab));
+  const int per_split = ceil_div(slabs, int(p.splits));
+  const int end = (split + 1) * per_split < slabs ? (split + 1) * per_split : slabs;
   float sum[kWarpRows][kM] = {};
 #pragma unroll 1
-  for (int64_t slab = split * per_split + warp % kWarpsAlongK; slab < end; slab += kWarpsAlongK) {
-    const int64_t k = slab * kSlab + lane * kLaneCodes;
+  for (int slab = split * per_split + warp % kWarpsAlongK; slab < end; slab += kWarpsAlongK) {
+    const int64_t k = int64_t(slab) * kSlab + lane * kLaneCodes;
     if (k >= p.w.k) continue;
     Codes codes[kWarpRows];
 #pragma unroll
@@ -133,7 +134,7 @@ __global__ __launch_bounds__(kThreads, kM == 1   ? 3
     float x[kM][kLaneCodes];
 #pragma unroll
     for (int m = 0; m < kM; ++m) load_x(p, m, k, x[m]);
-    const int64_t group = k / p.w.group_size;
+    const int64_t group = uint32_t(k) / uint32_t(p.w.group_size);
 #pragma unroll
     for (int r = 0; r < kWarpRows; ++r) {
       if (first_row + r >= p.w.n) continue;

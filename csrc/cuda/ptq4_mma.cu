@@ -175,8 +175,9 @@ __global__ __launch_bounds__(kThreads, kTiles == 2 ? 2 : 1) void int4_mma(Int4Li
   const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int warp_row = warp % kWarpsAlongRows * 32 + lane / 4;
   const int first_run = warp / kWarpsAlongRows * kWarpRunsPerStage;
-  const int64_t tiles = ceil_div<int64_t>(p.w.n, kRows);
-  const int64_t first_row = blockIdx.x % tiles * kRows, split = blockIdx.x / tiles;
+  const uint32_t tiles = uint32_t(ceil_div<int64_t>(p.w.n, kRows));
+  const int64_t first_row = int64_t(blockIdx.x % tiles) * kRows;
+  const int split = int(blockIdx.x / tiles);
   const bool integer_zeros = !kTable && p.w.zero_kind == FT_ZERO_UINT8;
   const bool fractional_zeros =
       !kTable && kTiles <= kTilesBesideSumsOfX && p.w.zero_kind == FT_ZERO_FLOAT;
@@ -192,10 +193,10 @@ __global__ __launch_bounds__(kThreads, kTiles == 2 ? 2 : 1) void int4_mma(Int4Li
 
   const int depths = int(ceil_div<int64_t>(p.w.k, kDepth));
   const int per_split = ceil_div(depths, int(p.splits));
-  const int begin = int(split) * per_split;
+  const int begin = split * per_split;
   const int end = begin + per_split < depths ? begin + per_split : depths;
   const uint32_t runs_per_group =
-      uint32_t((p.w.group_size < p.w.k ? p.w.group_size : int64_t(depths) * kDepth) / kRun);
+      uint32_t((p.w.groups > 1 ? p.w.group_size : int64_t(depths) * kDepth) / kRun);
 
   const auto stage_of = [&](int depth) {
     return shared + (depth - begin) % kStages * kStageBytes<kTiles>;

@@ -18,7 +18,10 @@ import torch
 from pyfastft import _native, backend
 from pyfastft._op import REGISTRY
 from pyfastft.testing.samples import PRECISIONS, Precision, Sample, samples, upcast
+from pyfastft.testing.samples.ptq4._weights import Int4Shape
+from pyfastft.testing.samples.ptq4.linear import arguments as int4_arguments
 from pyfastft.testing.tolerance import assert_accurate
+from pyfastft.triton_kernels import _int4_engine
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -49,8 +52,10 @@ def adapter(library: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "stream", lambda device: 0)
 
 
-def flat(outputs: tuple[Any, ...]) -> list[torch.Tensor]:
+def flat(outputs: torch.Tensor | tuple[Any, ...]) -> list[torch.Tensor]:
     """The outputs, those of a list among them each by itself."""
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
     return [one for out in outputs for one in (out if isinstance(out, list) else (out,))]
 
 
@@ -69,13 +74,48 @@ def test_truth(sample: Sample, precision: Precision) -> None:
     op = REGISTRY[sample.op]
     args = sample.build(precision, CPU)
     actual = op.contract(*args)
-    op.impl("cuda").launch(*actual, *args)
+    op.impl("cuda").launch(*(actual if isinstance(actual, tuple) else (actual,)), *args)
     with backend("reference"):
         truth, naive = op(*upcast(args)), op(*args)
     gradient = sample.op.endswith("_backward")
     outputs = zip(*map(flat, (actual, truth, naive)), strict=True)
     for i, (a, t, n) in enumerate(outputs):
         assert_accurate(a, t, n, gradient=gradient, what=f"output {i} of {sample}")
+
+
+# What int4_linear computes where it was measured to be faster, beside the panels of the samples.
+ENGINES = (
+    ("gemv", Int4Shape("gemv", (2,), 19, 1056, 32, zero="uint8", perm=True)),
+    ("gemv", Int4Shape("gemv-table", (1,), 9, 77, 16, codebook="fp4", half_scale=True)),
+    ("mma", Int4Shape("mma", (9,), 33, 160, 32, zero="float", half_scale=True)),
+    ("mma", Int4Shape("mma-table", (3, 6), 20, 64, 64, codebook="nf4", bias=False)),
+    ("product", Int4Shape("product", (40,), 70, 96, 32, zero="uint8")),
+)
+
+
+def check_engine(engine: str, shape: Int4Shape, device: torch.device) -> None:
+    args = int4_arguments(shape, PRECISIONS[1], device)
+    op = REGISTRY["int4_linear"]
+    y = op.contract(*args)
+    with _int4_engine.forced(engine):
+        assert op.impl("cuda").engine(*args).startswith(engine)
+        op.impl("cuda").launch(y, *args)
+    with backend("reference"):
+        assert_accurate(y, op(*upcast(args)), op(*args))
+
+
+@pytest.mark.usefixtures("adapter")
+@pytest.mark.parametrize(("engine", "shape"), [one for one in ENGINES if one[0] != "product"])
+def test_engines(engine: str, shape: Int4Shape) -> None:
+    check_engine(engine, shape, CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("engine", "shape"), ENGINES)
+def test_engines_on_a_gpu(engine: str, shape: Int4Shape) -> None:
+    if _native.why_no_cuda() is not None:
+        pytest.skip(str(_native.why_no_cuda()))
+    check_engine(engine, shape, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("name", OPS)

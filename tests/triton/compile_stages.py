@@ -5,10 +5,10 @@ Runs as its own process, without TRITON_INTERPRET: see test_compile_only.py.
 
 Each argument is a comma-separated list, e.g. ``80,90 aligned bf16-bf16,fp32-fp32 16,128 stages``;
 KERNELS are ``stages``, ``products`` with all tiles that they may have, ``product`` with the first
-of them, ``methods``, of the ops beside lora_linear, or ``int4``, ``int4-narrow`` and ``int4-first``,
-of 4-bit weights, for which the ranks stand for the size of a group: with all tiles, with those that
-fit sm_80, with the first. What is compiled is what the launchers launch: they run on tensors without
-data, their launches are recorded, and Triton's rules for specialising arguments are applied.
+of them, ``methods``, of the ops beside lora_linear, or of 4-bit weights, for which the ranks stand
+for the size of a group, ``int4``, ``int4-narrow`` with the tiles that fit sm_80, or ``int4-first``.
+What is compiled is what the launchers launch: they run on tensors without data, their launches are
+recorded, and Triton's rules for specialising arguments are applied to those.
 """
 
 from __future__ import annotations

@@ -16,10 +16,11 @@ pytest.importorskip("triton")
 
 from pyfastft import backend
 from pyfastft.benchmarks import tune
-from pyfastft.triton_kernels import _engine
+from pyfastft.triton_kernels import _engine, _int4_engine
 from pyfastft.triton_kernels._common import INTERPRETED
 from pyfastft.triton_kernels._engine import Problem
 from pyfastft.triton_kernels.lora import _fused, _stages
+from pyfastft.triton_kernels.ptq4 import _kernels
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 FORWARD = Problem("forward", 3, 16, 32, 2, "bfloat16", "bfloat16", dropout=True, aligned=True)
@@ -143,14 +144,45 @@ def test_an_interrupted_run_resumes_and_other_devices_stay(
     assert [row["us"]["gemm"] for row in measured["rows"]] == [12.0, 3e6]
 
 
-def test_every_problem_that_is_tuned_has_contenders() -> None:
-    for family in tune.PROBLEMS.values():
-        assert len(set(family)) == len(family)
-        for problem in family:
-            found = tune.contenders(problem, (9, 0))
-            assert {engine for engine, _ in found.values()} >= {"gemm", "fused"}
-            older = tune.contenders(problem, (8, 6))
-            assert set(older) == {name for name in found if not name.endswith(" tma")}
+@pytest.mark.parametrize(
+    ("family", "engines"), [("lora", {"gemm", "fused"}), ("ptq4", {"panels", "product"})]
+)
+def test_every_problem_that_is_tuned_has_contenders(family: str, engines: set[str]) -> None:
+    problems = tune.PROBLEMS[family]
+    assert len(set(problems)) == len(problems)
+    for problem in problems:
+        found = tune.contenders(problem, (9, 0))
+        assert {engine for engine, _ in found.values()} >= engines
+        older = tune.contenders(problem, (8, 6))
+        assert set(older) == {name for name in found if not name.endswith((" tma", " wide"))}
+
+
+def test_4_bit_engines_are_measured_and_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of another backend take no part."""
+    fake = FakeClock()
+    slow = _kernels.dequantize
+
+    def dequantize(*args: Any, **kwargs: Any) -> None:
+        fake.now += 1.0
+        slow(*args, **kwargs)
+
+    monkeypatch.setattr(_kernels, "dequantize", dequantize)
+    problem = _int4_engine.Problem(3, 64, 64, 32, "bfloat16", "uint8", table=False, aligned=True)
+    assert run(fake, tmp_path / "table.json", [problem]) == []
+    (row,) = rows(tmp_path / "table.json")
+    assert row["engine"] == "product"
+    assert {name.split()[0] for name in row["us"]} == {"panels", "product"}
+    monkeypatch.setattr(_int4_engine, "TABLE", tmp_path / "table.json")
+    _int4_engine.forget()
+    try:
+        (device,) = _int4_engine.table()
+        choice = _int4_engine.plan(problem, device, _int4_engine.ENGINES)
+        assert list(vars(choice.tiles).values()) == row["tiles"]
+    finally:
+        monkeypatch.undo()
+        _int4_engine.forget()
 
 
 def test_without_a_gpu_the_command_says_so(
