@@ -7,6 +7,15 @@ from pyfastft.native.ptq4 import (
     int8_linear,
     linear,
     lora_linear,
+    quantize_weight,
 )
 
-__all__ = ["_cuda", "dequantize", "fake_quantize4", "int8_linear", "linear", "lora_linear"]
+__all__ = [
+    "_cuda",
+    "dequantize",
+    "fake_quantize4",
+    "int8_linear",
+    "linear",
+    "lora_linear",
+    "quantize_weight",
+]
