@@ -41,7 +41,8 @@ __global__ __launch_bounds__(kThreads) void int4_add_partials(Int4Linear<T> p) {
   if (place >= size) return;
   float sum = 0.0f;
   for (int64_t split = 0; split < p.splits; ++split) sum += p.partials[split * size + place];
-  if (p.bias) sum += to_float(p.bias[place % p.w.n]);
+  // In 32 bits: there are at most 64 rows.
+  if (p.bias) sum += to_float(p.bias[uint32_t(place) % uint32_t(p.w.n)]);
   p.y[place] = from_float<T>(sum);
 }
 

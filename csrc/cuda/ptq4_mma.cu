@@ -290,6 +290,7 @@ template <class T, bool kTable, int kTiles>
 int launch_mma(const char* op, void* stream, const Int4Linear<T>& p) {
   const int64_t blocks = ceil_div<int64_t>(p.w.n, kRows) * p.splits;
   constexpr int kShared = kStages * kStageBytes<kTiles> + (kTable ? kPairBytes : 0);
+  static_assert(kShared <= 163 * 1024, "what a block may have on sm_80");
   const int status =
       launch_with_shared(op, stream, blocks, kShared, int4_mma<T, kTable, kTiles>, p);
   return status ? status : launch_add_partials(op, stream, p);

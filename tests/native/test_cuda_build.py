@@ -142,6 +142,25 @@ def test_wide_matrices_move_16_bytes_an_access(built: Built) -> None:
     assert seen == WIDE_KERNELS
 
 
+def test_4_bit_products_run_on_tensor_cores_with_asynchronous_copies(built: Built) -> None:
+    sass = subprocess.run(
+        [cuobjdump(), "--dump-sass", "-arch", "sm_90a", str(built.extension)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    kernels = [text for text in re.split(r"Function : ", sass)[1:] if "int4_" in text[:200]]
+    assert any("int4_mma" in text[:200] for text in kernels)
+    for text in kernels:
+        name = text.splitlines()[0]
+        assert not re.search(r"\b(LDL|STL|ATOM|RED)\b", text), name
+        if "int4_mma" in name:
+            assert "HMMA.16816.F32" in text, name
+            assert re.search(r"LDGSTS\S*\.128", text), name
+        if "int4_gemv" in name:
+            assert re.search(r"LDG\.E\S*\.64", text), name
+
+
 def test_neither_torch_nor_the_driver_is_linked(built: Built) -> None:
     if shutil.which("readelf") is None:
         pytest.skip("readelf was not found")
