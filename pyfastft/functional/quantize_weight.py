@@ -73,7 +73,8 @@ def hqq_quantize(
     Args:
         weight: of shape (N, K); float32, bfloat16, float16 or float64.
         group_size: how many weights along K share a scale; K or more is one scale per row.
-        round_zero: let z be an integer from 0 to 15 in every step, for formats that store one.
+        round_zero: put the better one of the two integers around z in its place, for formats that
+            store one.
         iterations: how often z is made anew.
         power: p, up to 2.
         beta: the first step's weight of the quadratic term, which each step multiplies by

@@ -112,8 +112,9 @@ class Int4Weight(nn.Module):
         given = {name: state_dict.get(f"{prefix}{name}") for name in BUFFERS}
         given = {name: tensor for name, tensor in given.items() if tensor is not None}
         try:
-            if given and not any(tensor.is_meta for tensor in given.values()):
-                self._expect_layout(given.get(LAYOUT, self.layout))
+            if not any(tensor.is_meta for tensor in given.values()):
+                if LAYOUT in given:
+                    self._expect_layout(given[LAYOUT])
                 if given.keys() == {n for n in BUFFERS if self._buffers[n] is not None}:
                     QTensor4.from_tensors(given)
         except (TypeError, ValueError) as error:

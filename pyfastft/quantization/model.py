@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,13 +45,11 @@ class Quantization:
     Attributes:
         config: how it was quantized; None where its weights came in 4 bits.
         originals: the modules by name, their weights on the CPU or empty; None where not kept.
-        devices: where the weights were.
         file: what holds the weights, if a file does.
     """
 
     config: PTQ4 | None
     originals: dict[str, nn.Module] | None = None
-    devices: dict[str, torch.device] = field(default_factory=dict)
     file: Path | None = None
 
 
@@ -118,7 +116,6 @@ def quantize(
             record.file = file.resolve()
     install(model, {name: done[_weight_of(module)] for name, module in modules.items()})
     if keep_original is not None:
-        record.devices = {name: _weight_of(module).device for name, module in modules.items()}
         for weight in done:
             weight.data = weight.data.new_empty(0) if file is not None else weight.data.cpu()
     remember(model, record)
@@ -229,12 +226,12 @@ def restore(model: nn.Module) -> Report:
         )
     stored = {} if record.file is None else _read_originals(record)
     named = dict(inner.named_modules())
-    layers = {}
+    layers: dict[nn.Module, nn.Module] = {}
     for name, module in record.originals.items():
         layer = named[name]
         weight = _weight_of(module)
-        data = stored.get(name, weight.data)
-        weight.data = data.to(record.devices[name])
+        assert isinstance(layer, Int4Weight)
+        weight.data = stored.get(name, weight.data).to(layer.codes.device)
         if "bias" in module._parameters:
             module._parameters["bias"] = layer._parameters["bias"]
         layers[layer] = module.train(layer.training)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from pyfastft._codebook import TABLES
+from pyfastft.config import PTQ4
 from pyfastft.formats import bitsandbytes as ours
-from pyfastft.quantization import QTensor4
+from pyfastft.quantization import QTensor4, quantize_weight
 from pyfastft.testing.tolerance import assert_exact
 
 STATE = "weight.quant_state.bitsandbytes__"
@@ -130,3 +131,20 @@ def test_against_bitsandbytes_itself(kind: str, double: bool) -> None:
             functional.dequantize_4bit(written["weight"], read), nested_weight.dequantize(), "W"
         )
         assert_exact(nested.quant_map, state.state2.code, "the dynamic map")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_our_quantizer_gives_bitsandbytes_codes(kind: str) -> None:
+    """Without a clip search; fp4's code 8 is another 0, which ours leaves out."""
+    functional = pytest.importorskip(
+        "bitsandbytes.functional", reason="the peer is not installed", exc_type=ImportError
+    )
+    w = torch.randn(64, 256)
+    data, state = functional.quantize_4bit(w, quant_type=kind, compress_statistics=False)
+    theirs = {"weight": data}
+    theirs |= {f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}
+    found = ours.decode(theirs).weight
+    weight = quantize_weight(w, PTQ4(codebook=kind, grid=1))
+    assert_exact(weight.scale, found.scale, "scale")
+    codes = found.unpack()
+    assert_exact(weight.unpack(), codes.where((codes != 8) | (kind == "nf4"), 0), "codes")

@@ -156,6 +156,28 @@ def test_state_dicts_that_do_not_fit() -> None:
         layer_of("symmetric").load_state_dict(layer.state_dict())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("adapter_dtype", ["float32", "base"])
+def test_adapters_over_half_precision(dtype: torch.dtype, adapter_dtype: str) -> None:
+    model = nn.Sequential(nn.Linear(40, 24), nn.GELU(), nn.Linear(24, 8, bias=False)).to(dtype)
+    ft.quantize(model, ft.PTQ4(codebook="nf4"))
+    dense = copy.deepcopy(model)
+    ft.dequantize(dense)
+    for each in (model, dense):
+        torch.manual_seed(3)
+        ft.convert(each, ft.LoRA(r=4, init="random", adapter_dtype=adapter_dtype))
+    x = torch.randn(16, 40, dtype=dtype)
+    outputs = [each(x) for each in (model, dense)]
+    assert outputs[0].dtype is dtype
+    for output in outputs:
+        output.float().square().sum().backward()
+    wide = torch.float32 if adapter_dtype == "float32" else dtype
+    for name in ("lora_a", "lora_b"):
+        ours, theirs = (getattr(each[0], name).grad for each in (model, dense))
+        assert ours.dtype is wide
+        assert float((ours - theirs).norm()) < 0.05 * float(theirs.norm())
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 def test_it_compiles_whole(adapted: bool) -> None:
     model = nn.Sequential(layer_of("integer"), nn.ReLU(), layer_of("nf4", 8, 24, bias=False))

@@ -282,10 +282,36 @@ FT_INLINE Grid search(const Quantize& f, const Levels& levels, const Range& r, c
 
 // ---- half-quadratic ----------------------------------------------------------------------------
 
-// Alternates between the codes of a zero-point z, the sparse part W_e of their error, and the z
-// that suits W - W_e; keeps the z of the least sum of |error|^power. In units of the scale: with
-// u = w / s and e = u - (c - z), W_e / s = e max(0, 1 - s^(power - 2) / beta |e|^(power - 2)), and
-// z becomes the mean of c - u + W_e / s. `values` becomes u.
+// A zero-point's loss, and the one that its codes suggest. In units of the scale: with u = w / s
+// and e = u - (c - z) the loss is the sum of |e|^power, the sparse part of the error is W_e / s = e
+// max(0, 1 - factor |e|^(power - 2)), and the next z is the mean of c - u + W_e / s.
+struct Step {
+  Vec loss, next;
+};
+FT_INLINE Step half_quadratic_step(const float* values, int64_t length, Vec z, Vec exponent,
+                                   Vec factor) {
+  Step step{zero(), zero()};
+  for (int64_t first = 0; first < length; first += kSumBlock) {
+    Vec loss = zero(), sum = zero();
+    for (int64_t j = first; j < lesser(length, first + kSumBlock); ++j) {
+      const Vec u = load(values + j * kLanes);
+      const Vec code = clamped(rounded(u + z), 0.0f, 15.0f);
+      const Vec error = u - (code - z);
+      const Vec size = larger(magnitude(error), splat(1e-12f));
+      const Vec power = exp2_of(exponent * log2_of(size));
+      loss = fma(size * size, power, loss);
+      const Vec kept = larger(splat(1.0f) - factor * power, zero());
+      sum = sum + (code - u + error * kept);
+    }
+    step.loss = step.loss + loss;
+    step.next = step.next + sum;
+  }
+  step.next = step.next / splat(float(length));
+  return step;
+}
+
+// Keeps the z of the least loss; where it is to be an integer, the better one of the two around it.
+// `values` becomes u.
 FT_INLINE Grid half_quadratic(const Quantize& f, const Range& r, float* values, int64_t length) {
   const Vec low = f.round_zero ? smaller(r.low, zero()) : r.low;
   const Vec high = f.round_zero ? larger(r.high, zero()) : r.high;
@@ -293,35 +319,25 @@ FT_INLINE Grid half_quadratic(const Quantize& f, const Range& r, float* values, 
   const Vec scale = base > zero() ? stored_scale(base, f.scale_dtype) : splat(1.0f);
   for (int64_t j = 0; j < length; ++j)
     store(values + j * kLanes, clamped(load(values + j * kLanes) / scale, -1e12f, 1e12f));
-  const auto zero_of = [&](Vec z) {
-    return f.round_zero ? clamped(rounded(z), 0.0f, 15.0f) : stored(z, f.scale_dtype);
-  };
-  const Vec exponent = splat(f.power - 2.0f), count = splat(float(length));
+  const auto kept = [&](Vec z) { return f.round_zero ? z : stored(z, f.scale_dtype); };
+  const Vec exponent = splat(f.power - 2.0f);
   const Vec strength = exp2_of(clamped(exponent * log2_of(scale), -120.0f, 120.0f));
-  Vec z = zero_of(zero() - low / scale), best = z, least = splat(kInfinity);
+  Vec z = kept(zero() - low / scale), best = z, least = splat(kInfinity);
   float beta = f.beta;
   for (int32_t i = 0; i <= f.iterations; ++i, beta *= f.kappa) {
-    const Vec factor = strength / splat(beta);
-    Vec loss = zero(), sum = zero();
-    for (int64_t first = 0; first < length; first += kSumBlock) {
-      Vec loss_part = zero(), sum_part = zero();
-      for (int64_t j = first; j < lesser(length, first + kSumBlock); ++j) {
-        const Vec u = load(values + j * kLanes);
-        const Vec code = clamped(rounded(u + z), 0.0f, 15.0f);
-        const Vec error = u - (code - z);
-        const Vec size = larger(magnitude(error), splat(1e-12f));
-        const Vec power = exp2_of(exponent * log2_of(size));
-        loss_part = fma(size * size, power, loss_part);
-        const Vec kept = larger(splat(1.0f) - factor * power, zero());
-        sum_part = sum_part + (code - u + error * kept);
-      }
-      loss = loss + loss_part;
-      sum = sum + sum_part;
-    }
-    const auto better = loss < least;
-    least = better ? loss : least;
+    const Step step = half_quadratic_step(values, length, z, exponent, strength / splat(beta));
+    const auto better = step.loss < least;
+    least = better ? step.loss : least;
     best = better ? z : best;
-    z = zero_of(sum / count);
+    z = kept(step.next);
+  }
+  if (f.round_zero) {
+    const Vec nearby = rounded(best);
+    const Vec below = clamped(nearby > best ? nearby - splat(1.0f) : nearby, 0.0f, 15.0f);
+    const Vec above = smaller(below + splat(1.0f), splat(15.0f));
+    const Vec lower = half_quadratic_step(values, length, below, exponent, zero()).loss;
+    const Vec upper = half_quadratic_step(values, length, above, exponent, zero()).loss;
+    best = upper < lower ? above : below;
   }
   return {scale, best};
 }

@@ -75,10 +75,10 @@ def hqq_quantize(
         W_e = sign(e) max(0, |e| - |e|^(power - 1) / beta_i),   beta_i = beta kappa^i
         z   = mean(c - (w - W_e) / s)
 
-    The z with the least sum of |e|^power of ``iterations`` + 1 is kept, per group. It is rounded to
-    what it is stored in before it is used: ``scale_dtype``, or with ``round_zero`` an integer from
-    0 to 15, where the range is made to hold 0. A group of one value v has s = 1, and z = -v; one
-    that is not finite is as that of zeros with a NaN as its scale.
+    The z with the least sum of |e|^power of ``iterations`` + 1 is kept, per group; it is rounded to
+    ``scale_dtype`` before it is used. With ``round_zero`` the range is made to hold 0, and the
+    better one of the two integers around that z takes its place. A group of one value v has s = 1,
+    and z = -v; one that is not finite is as that of zeros with a NaN as its scale.
 
     Output: as of ``rtn_quantize``; zero (N, G) of the scale's dtype, uint8 with ``round_zero``.
     """

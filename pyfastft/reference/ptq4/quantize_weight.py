@@ -157,19 +157,31 @@ def hqq_quantize(
     s = torch.where(base > 0, _stored_scale(base, scale_dtype), 1.0)
     units = (w / s).clamp(-1e12, 1e12)
 
-    def as_stored(z: torch.Tensor) -> torch.Tensor:
-        return z.round().clamp(0, 15) if round_zero else _stored(z, scale_dtype)
+    def kept(z: torch.Tensor) -> torch.Tensor:
+        return z if round_zero else _stored(z, scale_dtype)
 
-    z = as_stored(-low / s)
-    best, least = z, torch.full_like(z, torch.inf)
-    for i in range(iterations + 1):
+    def errors(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The codes of z, their error, and its size, of which a power is taken."""
         c = (units + z).round().clamp(0, 15)
         e = w - s * (c - z)
-        size = e.abs().clamp(min=1e-12 * s)
-        loss = (size.pow(power) * groups.inside).sum(2, keepdim=True)
+        return c, e, e.abs().clamp(min=1e-12 * s)
+
+    def loss_of(size: torch.Tensor) -> torch.Tensor:
+        return (size.pow(power) * groups.inside).sum(2, keepdim=True)
+
+    z = kept(-low / s)
+    best, least = z, torch.full_like(z, torch.inf)
+    for i in range(iterations + 1):
+        c, e, size = errors(z)
+        loss = loss_of(size)
         better = loss < least
         best, least = z.where(better, best), loss.where(better, least)
         sparse = e.sign() * (e.abs() - size.pow(power - 1) / (beta * kappa**i)).clamp(min=0)
-        z = as_stored(groups.mean(c - (w - sparse) / s))
+        z = kept(groups.mean(c - (w - sparse) / s))
+    if round_zero:
+        below = best.floor().clamp(0, 15)
+        above = (below + 1).clamp(max=15)
+        lower, upper = (loss_of(errors(candidate)[2]) for candidate in (below, above))
+        best = above.where(upper < lower, below)
     c = (units + best).round().clamp(0, 15)
     _write(groups, codes, scale, zero, (c, s, best))
