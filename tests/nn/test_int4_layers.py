@@ -283,6 +283,7 @@ def test_minilm_in_4_bits(name: str, minilm) -> None:
     assert size < dense / 6
 
 
+@pytest.mark.more
 def test_minilm_trains_adapters_over_4_bits(minilm) -> None:
     _, base, tokens, truth = minilm
     model = copy.deepcopy(base)
