@@ -501,20 +501,22 @@ inline void gemm(int64_t rows, int64_t columns, const Product* products, int cou
       make_panels(Scratch::kRowPanels, products, count, &Product::rows, g.rows, threads, true,
                   g.row_panels);
 
-      // Blocks of C of equal size, as many as keep all threads busy to the end.
+      // Blocks of C of one size, to a strip, and as many for one thread as for another.
       const int64_t row_strips = g.rows.count(), column_pairs = ceil_div(g.columns.count(), 2);
       const int64_t row_blocks = ceil_div(row_strips, kBlockRows / strip_height);
       const int64_t most_columns = g.few_rows ? Workspace::kTile / kFewRows : kBlockColumns;
       int64_t column_blocks = ceil_div(g.columns.count(), most_columns / kLanes);
       if (threads > 1) column_blocks = greater(column_blocks, ceil_div(4 * threads, row_blocks));
-      const int64_t block_rows = ceil_div(row_strips, row_blocks);
-      const int64_t block_columns = 2 * ceil_div(column_pairs, lesser(column_blocks, column_pairs));
-      const int64_t across = ceil_div(g.columns.count(), block_columns);
-      parallel_for(threads, row_blocks * across, [&](int64_t task, int worker) {
-        const int64_t i0 = task / across * block_rows, j0 = task % across * block_columns;
+      while (row_blocks * column_blocks % threads && row_blocks * column_blocks < 16 * threads)
+        ++column_blocks;
+      column_blocks = lesser(column_blocks, column_pairs);
+      parallel_for(threads, row_blocks * column_blocks, [&](int64_t task, int worker) {
+        const int64_t i = task / column_blocks, j = task % column_blocks;
         float* const own = workers + worker * Workspace::kFloats;
-        compute_block(g, i0, lesser(i0 + block_rows, g.rows.count()), j0,
-                      lesser(j0 + block_columns, g.columns.count()), Workspace(own));
+        compute_block(g, i * row_strips / row_blocks, (i + 1) * row_strips / row_blocks,
+                      j * column_pairs / column_blocks * 2,
+                      lesser((j + 1) * column_pairs / column_blocks * 2, g.columns.count()),
+                      Workspace(own));
       });
     }
   }
