@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import pyfastft as ft
+from pyfastft.benchmarks.gemm import gemm
 from pyfastft.benchmarks.lora import grid, methods, model, several
 from pyfastft.benchmarks.lora.layer import (
     Operands,
@@ -153,6 +154,7 @@ FIGURES = {
     "runs_that_differ": runs_that_differ,
     "call_overhead": call_overhead,
     "call_overhead_without_gradient": call_overhead_without_gradient,
+    "gemm": gemm,
     "grid": grid.grid,
     "share": grid.share,
     "training_step": model.training_step,

@@ -123,6 +123,7 @@ class Op:
     parameters: tuple[str, ...]
     mutates: bool
     lists: bool  # takes or returns lists of tensors
+    allocate: Callable[..., Any] | None = None  # the contract's outputs, without its checks
     overload: Any = None
     derivative: Any = None  # its autograd.Function
     eager: Any = None  # the same for the eager short way, which lists of tensors cannot take
@@ -137,7 +138,21 @@ class Op:
 
     def run(self, *args: Any) -> Any:
         """The real implementation: the contract, then the backend that can take the arguments."""
-        outputs = self.contract(*args)
+        return self._launch(self.contract(*args), args)
+
+    def run_backward(self, ctx: Any, grad: torch.Tensor, *args: Any) -> Any:
+        """The op on (grad, *args) in a backward, where args come from the forward's own.
+
+        On the eager short way the forward's contract has checked what was saved, and the engine
+        has held the gradient to the output's shape, dtype and device: nothing is left to check. A
+        backward that is to be differentiated itself goes through the op, which refuses.
+        """
+        if not getattr(ctx, "eager", False) or torch.is_grad_enabled() or not _is_plain((grad,)):
+            return self(grad, *args)
+        assert self.allocate is not None
+        return self._launch(self.allocate(grad, *args), (grad, *args))
+
+    def _launch(self, outputs: Any, args: tuple[Any, ...]) -> Any:
         launch = self.pick(args).launch
         if type(outputs) is tuple:
             launch(*outputs, *args)
@@ -229,13 +244,17 @@ REGISTRY: dict[str, Op] = {}
 _fallbacks_told: set[tuple[str, tuple[str, ...]]] = set()
 
 
-def define(schema: str, *, autocast: Collection[str] = ()) -> Callable[[Callable[..., Any]], Op]:
+def define(
+    schema: str, *, autocast: Collection[str] = (), allocate: Callable[..., Any] | None = None
+) -> Callable[[Callable[..., Any]], Op]:
     """Make an operator of a contract.
 
     Args:
         schema: the operator's signature in PyTorch's schema language, without its name; the
             parameters in the contract's order.
         autocast: the parameters that ``torch.autocast`` casts. What is not named keeps its dtype.
+        allocate: the part of the contract that makes the outputs, of the same arguments. An op with
+            one can be called by :meth:`Op.run_backward`.
     """
 
     def decorate(contract: Callable[..., Any]) -> Op:
@@ -247,6 +266,7 @@ def define(schema: str, *, autocast: Collection[str] = ()) -> Callable[[Callable
             parameters=tuple(inspect.signature(contract).parameters),
             mutates="!" in schema,
             lists="Tensor[]" in schema,
+            allocate=allocate,
         )
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{NAMESPACE}::{name}", contract, lib=_LIBRARY)
@@ -332,6 +352,7 @@ def differentiable(name: str) -> Callable[[_Class], _Class]:
             return function
 
         def forward(ctx: Any, *args: Any) -> Any:
+            ctx.eager = True
             outputs = op.run(*args)
             function.setup_context(ctx, args, outputs)  # type: ignore[attr-defined]
             return outputs

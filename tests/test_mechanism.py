@@ -231,6 +231,8 @@ def test_the_environment_forces_a_backend(value: str, code: int) -> None:
 def test_mutating_ops_go_through_the_dispatcher() -> None:
     """The dispatcher counts versions; the short way does not."""
     calls = []
-    op = _op.Op("bump_", "lora", lambda x: None, ("x",), mutates=True, overload=calls.append)
+    op = _op.Op(
+        "bump_", "lora", lambda x: None, ("x",), mutates=True, lists=False, overload=calls.append
+    )
     op(torch.zeros(1))
     assert len(calls) == 1

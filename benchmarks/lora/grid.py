@@ -58,6 +58,7 @@ def cell_ratios(case: Case, device: torch.device) -> dict[str, float]:
     layer = peft_layer(drawn, p)
     if case.shape[0] == _TOKENS[1]:  # the reference of more tokens would take minutes
         gate(drawn, p, layer)
+    torch._dynamo.reset()  # or the cells before would count as recompilations of this one
     # Static shapes would be compiled for a quarter of an hour; the products are the same calls.
     compiled = torch.compile(dropped_expression, fullgraph=True, dynamic=True)
     operands = (drawn.x, drawn.weight, drawn.lora_a, drawn.lora_b)

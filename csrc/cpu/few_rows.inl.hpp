@@ -10,39 +10,13 @@ namespace {
 constexpr int kFewRows = 4;
 // Items of depth of a row that are put in order at once.
 constexpr int64_t kMostRowItems = 12288;
-// Strips that are multiplied together, and how many ahead memory is asked for.
-constexpr int kStripsTogether = 16, kStripsAhead = 8;
+// Strips that are multiplied together.
+constexpr int kStripsTogether = 64;
 
-// Where the columns of a strip come from, item by item: packed, or lines that are neighbours.
+// A packed strip, and how many floats lie between an item of it and what is read next.
 struct PackedItems {
   const float* data;
-  int64_t next;  // floats to what is read next
-
-  FT_INLINE Vec load_item(int64_t p) const { return load(data + p * kLanes); }
-  FT_INLINE void fetch(int64_t p) const { __builtin_prefetch(data + next + p * kLanes, 0, 2); }
-};
-
-template <class T, bool kPairs>
-struct NeighbouringLines {
-  const T* data;
-  int64_t depth_stride, values;  // values of depth that there are
-  int lines;
-
-  FT_INLINE Vec load_item(int64_t p) const {
-#if FT_BF16_DOT
-    if constexpr (kPairs) {
-      const T* from = data + 2 * p * depth_stride;
-      return zip_pairs(load(from, lines),
-                       2 * p + 1 < values ? load(from + depth_stride, lines) : zero());
-    }
-#endif
-    return load(data + p * depth_stride, lines);
-  }
-  FT_INLINE void fetch(int64_t p) const {
-    const T* next = data + kStripsAhead * kLanes + (kPairs ? 2 : 1) * p * depth_stride;
-    __builtin_prefetch(next, 0, 2);
-    if (kPairs) __builtin_prefetch(next + depth_stride, 0, 2);
-  }
+  int64_t next;
 };
 
 // The kLanes sums of each lane: neighbours are added, then neighbouring pairs, and so on.
@@ -54,11 +28,11 @@ FT_INLINE Vec add_in_pairs(Vec* sums) {
   return sums[0];
 }
 
-// totals[i] = row i, whose items are neighbours, times a strip of columns, over one block of depth.
+// totals[i] = row i, whose items are neighbours, times a packed strip, over one block of depth.
 // As many of the kLanes sums of each row at a time as there are registers.
-template <bool kPairs, int kRows, class Items>
-void rows_times_strip(const float* rows, int64_t row_stride, const Items& columns, int64_t items,
-                      Vec* totals) {
+template <bool kPairs, int kRows>
+void rows_times_strip(const float* rows, int64_t row_stride, const PackedItems& columns,
+                      int64_t items, Vec* totals) {
   constexpr int kPart = kLanes / kRows;
   Vec sums[kRows * kLanes];
   for (int part = 0; part < kLanes; part += kPart) {
@@ -68,7 +42,7 @@ void rows_times_strip(const float* rows, int64_t row_stride, const Items& column
 #pragma GCC unroll 16
       for (int t = 0; t < kPart; ++t) sum[i][t] = zero();
     const auto add_item = [&](int t, int64_t p) __attribute__((always_inline)) {
-      const Vec column = columns.load_item(p);
+      const Vec column = load(columns.data + p * kLanes);
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i)
         sum[i][t] = multiply_add<kPairs>(splat(rows[i * row_stride + p]), column, sum[i][t]);
@@ -77,7 +51,7 @@ void rows_times_strip(const float* rows, int64_t row_stride, const Items& column
     for (; p + kLanes <= items; p += kLanes)
 #pragma GCC unroll 16
       for (int t = 0; t < kPart; ++t) {
-        columns.fetch(p + part + t);
+        __builtin_prefetch(columns.data + columns.next + (p + part + t) * kLanes, 0, 2);
         add_item(t, p + part + t);
       }
 #pragma GCC unroll 16
@@ -91,25 +65,76 @@ void rows_times_strip(const float* rows, int64_t row_stride, const Items& column
   for (int i = 0; i < kRows; ++i) totals[i] = add_in_pairs(sums + i * kLanes);
 }
 
-template <bool kPairs, class Items>
-void few_rows_times_strip(const float* rows, int64_t row_stride, int height, const Items& columns,
-                          int64_t items, Vec* totals) {
-  const auto multiply = height == 1   ? rows_times_strip<kPairs, 1, Items>
-                        : height == 2 ? rows_times_strip<kPairs, 2, Items>
-                                      : rows_times_strip<kPairs, kFewRows, Items>;
-  multiply(rows, row_stride, columns, items, totals);
-}
-
 inline void rows_times_packed(const float* rows, int64_t row_stride, int height,
                               const PackedItems& columns, int64_t items, bool pairs, Vec* totals) {
+  auto multiply = height == 1   ? rows_times_strip<false, 1>
+                  : height == 2 ? rows_times_strip<false, 2>
+                                : rows_times_strip<false, kFewRows>;
 #if FT_BF16_DOT
   if (pairs)
-    few_rows_times_strip<true>(rows, row_stride, height, columns, items, totals);
-  else
+    multiply = height == 1   ? rows_times_strip<true, 1>
+               : height == 2 ? rows_times_strip<true, 2>
+                             : rows_times_strip<true, kFewRows>;
 #else
   (void)pairs;
 #endif
-    few_rows_times_strip<false>(rows, row_stride, height, columns, items, totals);
+  multiply(rows, row_stride, columns, items, totals);
+}
+
+// Rows times strips of lines that are neighbours in memory, over one block of depth. An item of all
+// strips is one run of memory, read from end to end before the next: a strip by itself would touch
+// another page with every item. The sums wait in the cache; each is loaded and stored once for
+// kRounds items.
+template <class T, bool kPairs, int kRows>
+void rows_times_neighbours(const float* rows, int64_t row_stride, const T* data,
+                           int64_t depth_stride, int lines, int64_t values, Vec* totals) {
+  constexpr int kPart = kLanes / kRows < 4 ? kLanes / kRows : 4, kRounds = 4;
+  constexpr int kStrips = kStripsTogether / kRows;
+  const int64_t items = kPairs ? (values + 1) / 2 : values;
+  const int strips = (lines + kLanes - 1) / kLanes;
+  Vec sums[kStrips][kRows][kLanes];
+  for (int strip = 0; strip < strips; ++strip)
+    for (int i = 0; i < kRows; ++i)
+      for (int t = 0; t < kLanes; ++t) sums[strip][i][t] = zero();
+  for (int64_t p = 0; p < items; p += kRounds * kLanes)
+    for (int part = 0; part < kLanes; part += kPart)
+      for (int strip = 0; strip < strips; ++strip) {
+        const int n = int(lesser(kLanes, lines - strip * kLanes));
+        const T* const from = data + strip * kLanes;
+        Vec sum[kRows][kPart];
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+          for (int t = 0; t < kPart; ++t) sum[i][t] = sums[strip][i][part + t];
+        const auto add_item = [&](int t, int64_t item) __attribute__((always_inline)) {
+          const T* const at = from + (kPairs ? 2 : 1) * item * depth_stride;
+          __builtin_prefetch(at + (kPairs ? 2 : 1) * kRounds * kLanes * depth_stride, 0, 2);
+          Vec column = load(at, n);
+#if FT_BF16_DOT
+          if constexpr (kPairs) {
+            __builtin_prefetch(at + (2 * kRounds * kLanes + 1) * depth_stride, 0, 2);
+            column = zip_pairs(column, 2 * item + 1 < values ? load(at + depth_stride, n) : zero());
+          }
+#endif
+#pragma GCC unroll 4
+          for (int i = 0; i < kRows; ++i)
+            sum[i][t] = multiply_add<kPairs>(splat(rows[i * row_stride + item]), column, sum[i][t]);
+        };
+        const int64_t end = lesser(items, p + kRounds * kLanes);
+        int64_t q = p;
+        for (; q + kLanes <= end; q += kLanes)
+#pragma GCC unroll 4
+          for (int t = 0; t < kPart; ++t) add_item(t, q + part + t);
+#pragma GCC unroll 4
+        for (int t = 0; t < kPart; ++t)
+          if (q + part + t < end) add_item(t, q + part + t);
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+          for (int t = 0; t < kPart; ++t) sums[strip][i][part + t] = sum[i][t];
+      }
+  for (int strip = 0; strip < strips; ++strip)
+    for (int i = 0; i < kRows; ++i) *totals++ = add_in_pairs(sums[strip][i]);
 }
 
 // Rows times kLanes lines that are contiguous in depth, over one block of `items` with `values`:
@@ -168,14 +193,14 @@ void multiply_lines(const Operand& a, const float* rows, int64_t row_stride, int
 template <class T, bool kPairs>
 void multiply_across(const Operand& a, const float* rows, int64_t row_stride, int height,
                      int64_t line, int lines, int64_t begin, int64_t end, Vec* totals) {
+  const auto multiply = height == 1   ? rows_times_neighbours<T, kPairs, 1>
+                        : height == 2 ? rows_times_neighbours<T, kPairs, 2>
+                                      : rows_times_neighbours<T, kPairs, kFewRows>;
+  const int together = kStripsTogether / height * kLanes;
   const T* const data = static_cast<const T*>(a.data) + begin * a.depth_stride + line;
-  const int64_t items = kPairs ? (end - begin + 1) / 2 : end - begin;
-  for (int first = 0; first < lines; first += kLanes, totals += height)
-    few_rows_times_strip<kPairs>(
-        rows, row_stride, height,
-        NeighbouringLines<T, kPairs>{data + first, a.depth_stride, end - begin,
-                                     int(lesser(kLanes, lines - first))},
-        items, totals);
+  for (int first = 0; first < lines; first += together, totals += kStripsTogether)
+    multiply(rows, row_stride, data + first, a.depth_stride, int(lesser(together, lines - first)),
+             end - begin, totals);
 }
 
 template <class T, bool kPairs>

@@ -92,8 +92,24 @@ inline Operand base_columns_of_dx(const ft_lora_layer& layer) {
 
 // ---- forward -------------------------------------------------------------------------------
 
-// Products with R rows or columns of C keep R as the rows: a register tile has just as many, while
-// columns come in whole vectors.
+// C (r, tokens) = scale * factor operand^T with strides of C: r lines of an adapter by as many of x
+// or grad as there are tokens. Products with R rows or columns of C keep R as the rows: a register
+// tile has just as many, while columns come in whole vectors. A few tokens are the rows, so that
+// the adapter is read where it lies.
+inline void low_rank(const LoraCall& f, int64_t r, int64_t tokens, const Operand& factor,
+                     const Operand& operand, int64_t depth, float scale, void* c, int32_t dtype,
+                     int64_t stride_r, int64_t stride_tokens) {
+  const bool few = tokens <= kFewRows;
+  const Product q =
+      few ? product(operand, f.dtype, factor, f.adapter_dtype, depth, kShortDepthItems)
+          : product(factor, f.adapter_dtype, operand, f.dtype, depth, kShortDepthItems);
+  const Product sum = scaled(q, scale);
+  if (few)
+    gemm(tokens, r, &sum, 1, result(c, dtype, stride_tokens, stride_r), f.threads);
+  else
+    gemm(r, tokens, &sum, 1, result(c, dtype, stride_r, stride_tokens), f.threads);
+}
+
 inline void lora_down(const LoraCall& f, const LoraAdapter& a) {
   const uint8_t* mask = nullptr;
   if (a.dropout.threshold && a.rows && f.k) {
@@ -104,10 +120,8 @@ inline void lora_down(const LoraCall& f, const LoraAdapter& a) {
   // S^T = A dropout(x)^T; the scale of what is kept is applied once, to the sum.
   const Operand x =
       dense(advanced(f.x, f.dtype, a.first_row * f.x_stride_m), f.x_stride_m, f.x_stride_k);
-  const Product down = scaled(product(dense(a.lora_a, f.k, 1), f.adapter_dtype,
-                                      masked(x, mask, f.k, 1), f.dtype, f.k, kShortDepthItems),
-                              a.dropout.scale);
-  gemm(a.r, a.rows, &down, 1, result(a.xa, f.adapter_dtype, 1, a.r), f.threads);
+  low_rank(f, a.r, a.rows, dense(a.lora_a, f.k, 1), masked(x, mask, f.k, 1), f.k, a.dropout.scale,
+           a.xa, f.adapter_dtype, 1, a.r);
 }
 
 // `base`, where there is one, is that of the only layer, on all rows and with one adapter.
@@ -196,9 +210,7 @@ inline void lora_adapter_backward(const LoraCall& f, const ft_lora_layer& layer,
   const bool needs_v = f.dx || a.dlora_a;
 
   if (needs_v || a.dscaling || a.dgate) {
-    const Product down =
-        product(dense(a.lora_b, 1, a.r), f.adapter_dtype, grad, f.dtype, layer.n, kShortDepthItems);
-    gemm(a.r, a.rows, &down, 1, result(t, FT_FLOAT32, f.m, 1), f.threads);
+    low_rank(f, a.r, a.rows, dense(a.lora_b, 1, a.r), grad, layer.n, 1.0f, t, FT_FLOAT32, f.m, 1);
   }
   if (a.dlora_b) {
     const Product sum = scaled(

@@ -70,11 +70,40 @@ def lora_linear(
     return _alloc.empty((*leading, n), like=x), _alloc.empty((*leading, r), like=lora_a)
 
 
+def _gradients(
+    grad: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    xa: torch.Tensor | None,
+    scaling: torch.Tensor,
+    p: float,
+    rng: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    packed: torch.Tensor | None,
+    packed_dx: torch.Tensor | None,
+    need: Sequence[bool],
+) -> tuple[torch.Tensor, ...]:
+    """The outputs of :func:`lora_linear_backward`; those not needed have no elements."""
+    (r, k), n = lora_a.shape, lora_b.shape[0]
+    return (
+        _alloc.empty((*grad.shape[:-1], k) if need[0] else (0,), like=grad),
+        _alloc.empty((n, k) if need[1] else (0,), like=grad),
+        _alloc.empty((r, k) if need[2] else (0,), like=lora_a),
+        _alloc.empty((n, r) if need[3] else (0,), like=lora_b),
+        _alloc.empty((n,) if need[4] else (0,), like=grad),
+        _alloc.empty(scaling.shape if need[5] else (0,), like=scaling),
+        _alloc.empty(gate.shape if need[6] and gate is not None else (0,), like=lora_a),
+    )
+
+
 @define(
     "(Tensor grad, Tensor? x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor? xa, "
     "Tensor scaling, float p, Tensor? rng, Tensor? gate, Tensor? packed, Tensor? packed_dx, "
     "bool[7] need) -> (Tensor dx, Tensor dweight, Tensor dlora_a, Tensor dlora_b, Tensor dbias, "
-    "Tensor dscaling, Tensor dgate)"
+    "Tensor dscaling, Tensor dgate)",
+    allocate=_gradients,
 )
 def lora_linear_backward(
     grad: torch.Tensor,
@@ -121,14 +150,8 @@ def lora_linear_backward(
     for name, packing in (("packed", packed), ("packed_dx", packed_dx)):
         if packing is not None:
             expect_packed(op, grad.device, name, packing)
-    return (
-        _alloc.empty((*leading, k) if need[0] else (0,), like=grad),
-        _alloc.empty((n, k) if need[1] else (0,), like=grad),
-        _alloc.empty((r, k) if need[2] else (0,), like=lora_a),
-        _alloc.empty((n, r) if need[3] else (0,), like=lora_b),
-        _alloc.empty((n,) if need[4] else (0,), like=grad),
-        _alloc.empty(scaling.shape if need[5] else (0,), like=scaling),
-        _alloc.empty(gate.shape if need[6] and gate is not None else (0,), like=lora_a),
+    return _gradients(
+        grad, x, weight, lora_a, lora_b, xa, scaling, p, rng, gate, packed, packed_dx, need
     )
 
 
@@ -185,8 +208,21 @@ class LoRALinearFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad
         need = [*needs[:6], needs[8]]
         x, weight, lora_a, lora_b, xa, scaling, rng, gate, packed, packed_dx = ctx.saved_tensors
-        gradients = lora_linear_backward(
-            grad, x, weight, lora_a, lora_b, xa, scaling, ctx.p, rng, gate, packed, packed_dx, need
+        gradients = lora_linear_backward.run_backward(
+            ctx,
+            grad,
+            x,
+            weight,
+            lora_a,
+            lora_b,
+            xa,
+            scaling,
+            ctx.p,
+            rng,
+            gate,
+            packed,
+            packed_dx,
+            need,
         )
         wanted = [g if n else None for g, n in zip(gradients, need, strict=True)]
         return (*wanted[:6], None, None, wanted[6], None, None)

@@ -30,7 +30,10 @@ def _base(
 
     if packed is not None:
         return _packing.unpack(packed, n, k, like.dtype)
-    return None if packed_dx is None else _packing.unpack(packed_dx, k, n, like.dtype).T
+    if packed_dx is None:
+        return None
+    # In the weight's own layout, so that torch sums in the same order.
+    return _packing.unpack(packed_dx, k, n, like.dtype).T.contiguous()
 
 
 @implement("lora_linear", "reference")
