@@ -174,7 +174,8 @@ class PTQ4(Targeted):
         codebook: ``"int4"``, or with ``"rtn"`` ``"nf4"`` or ``"fp4"``, tables without zero-points.
         symmetric: z is 8; with ``"rtn"`` and int4.
         grid: how many clipped ranges ``"rtn"`` tries; 1 does not clip.
-        round_zero: let z of ``"hqq"`` be an integer, which GPTQ, AWQ and compressed-tensors store.
+        round_zero: let z of ``"hqq"`` be an integer, which GPTQ, AWQ and compressed-tensors store;
+            ``"rtn"`` is usually the better method for these.
         iterations: how many steps ``"hqq"`` takes.
         scale_dtype: ``"float32"``, ``"bfloat16"``, or ``"float16"``: scales that files with
             float16 hold exactly, kept in float32.
