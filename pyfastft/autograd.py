@@ -3,6 +3,8 @@
 from pyfastft.ops.lora import AbsRowSumsFunction, LoRALinearFunction, ScaleColumnsFunction
 from pyfastft.ops.ptq4 import (
     FakeQuantize4Function,
+    Int4LinearA4Function,
+    Int4LinearA8Function,
     Int4LinearFunction,
     Int4LoRALinearFunction,
     Int8LinearFunction,
@@ -11,6 +13,8 @@ from pyfastft.ops.ptq4 import (
 __all__ = [
     "AbsRowSumsFunction",
     "FakeQuantize4Function",
+    "Int4LinearA4Function",
+    "Int4LinearA8Function",
     "Int4LinearFunction",
     "Int4LoRALinearFunction",
     "Int8LinearFunction",

@@ -38,17 +38,25 @@ METHODS = {
 }
 INT4 = {"_int4_dequantize_kernel", "_int4_product_kernel", "_int4_add_parts_kernel"}
 SUMS = {"_abs_row_sums_kernel", "_abs_row_sums_backward_kernel"}
+ACTIVATIONS = {
+    "_quantize_kernel",
+    "_int4_bytes_kernel",
+    "_fake_quantize4_kernel",
+    "_fake_quantize4_backward_kernel",
+    "_int8_product_kernel",
+    "_int8_scale_gradient_kernel",
+}
 PRECISIONS = ["bf16-bf16", "fp32-fp32", "bf16-fp32"]
 # A rank per tile of ranks, and one that Triton cannot align.
 RANKS = {"bf16-bf16": "10,16,32,64", "fp32-fp32": "10,16,32", "bf16-fp32": "10,16,32"}
 
 
-def compile_kernels(*arguments: str) -> list[dict]:
-    """One row per kernel that ``compile_stages.py`` compiles, given its arguments."""
+def compile_kernels(*arguments: str, script: str = "compile_stages.py") -> list[dict]:
+    """One row per kernel that the script compiles, given its arguments."""
     environment = dict(os.environ, TRITON_CACHE_DIR=os.environ.get("TRITON_CACHE_DIR", str(CACHE)))
     environment.pop("TRITON_INTERPRET", None)
     result = subprocess.run(
-        [sys.executable, str(HERE / "compile_stages.py"), *arguments],
+        [sys.executable, str(HERE / script), *arguments],
         env=environment,
         capture_output=True,
         text=True,
@@ -111,3 +119,18 @@ def test_4_bit_weights_compile_without_spills(alignment: str, precision: str) ->
     groups = "128,32,24" if every else "128,24"
     check(compile_kernels("80", alignment, precision, groups, "int4-narrow"), INT4)
     check(compile_kernels("90,100", alignment, precision, groups, "int4"), INT4)
+
+
+def compile_activations(*arguments: str) -> list[dict]:
+    return compile_kernels(*arguments, script="compile_ptq4_activations.py")
+
+
+def test_activations_compile_without_spills() -> None:
+    check(compile_activations("90", "aligned", "bf16", "128", "some"), ACTIVATIONS)
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp16"])
+@pytest.mark.parametrize("alignment", ["aligned", "odd"])
+def test_every_activation_compiles_without_spills(alignment: str, dtype: str) -> None:
+    check(compile_activations("80,90,100", alignment, dtype, "128,50", "every"), ACTIVATIONS)

@@ -3,9 +3,19 @@
 from pyfastft.triton_kernels.ptq4 import (
     dequantize,
     fake_quantize4,
+    int4_linear_a4,
+    int4_linear_a8,
     int8_linear,
     linear,
     lora_linear,
 )
 
-__all__ = ["dequantize", "fake_quantize4", "int8_linear", "linear", "lora_linear"]
+__all__ = [
+    "dequantize",
+    "fake_quantize4",
+    "int4_linear_a4",
+    "int4_linear_a8",
+    "int8_linear",
+    "linear",
+    "lora_linear",
+]

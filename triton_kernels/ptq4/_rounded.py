@@ -22,9 +22,9 @@ _INFINITY = tl.constexpr(0x7F800000)
 # Nothing is fused: what is promised bit for bit is what the source says.
 EXACT_OPTIONS = {"enable_fp_fusion": False, "maxnreg": 255}
 # Places of a group that a program holds at once, and elements of its tile.
-_LONGEST_RUN, _TILE = 1024, 2048
-# Bytes of codes at a time: half as many are the least that tensor cores multiply.
-_BLOCK_B = 64
+_LONGEST_RUN, _TILE = 1024, 1024
+# Bytes of codes at a time, the least that tensor cores multiply.
+_BLOCK_B = 32
 
 
 @triton.jit
@@ -48,8 +48,8 @@ def _load_places(x_ptr, perm_ptr, rows, places, mask, x_stride_m, x_stride_k, PE
     """A tile of x in float32, at its places."""
     columns = places
     if PERM:
-        columns = tl.load(perm_ptr + places).to(tl.int64)
-    at = rows[:, None] * x_stride_m + columns[None, :] * x_stride_k
+        columns = tl.load(perm_ptr + places)
+    at = rows[:, None] * x_stride_m + columns.to(tl.int64)[None, :] * x_stride_k
     return tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -66,6 +66,7 @@ def _quantize_kernel(
     K,
     GROUP,
     GROUPS,
+    row_bytes,
     plane,
     x_stride_m,
     x_stride_k,
@@ -75,17 +76,17 @@ def _quantize_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Computes q (2, M, ceil(K / 2)), even places and odd ones apart: round(x / s) of a group of a
+    """Computes q (2, M, row_bytes), even places and odd ones apart: round(x / s) of a group of a
     row, s (M, G), and the sums of q, (M, G). LEARNED: of 4 bits within x_scale and x_zero, one of
     them or one for each group (X_GROUPED); else of 8 bits, s being the largest magnitude / 127.
 
     Tiling: a program owns BLOCK_M rows and a group, which it goes through twice, the second time
     from the cache, where it is longer than BLOCK_K.
     Numerics: float32, division rounded to nearest. Traffic: x once, one byte written for each.
-    Relies on: q is contiguous, and the place behind the last one, where K is odd, is zero.
+    Relies on: q is contiguous; what stands behind the last place of a row is not read.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    group = tl.program_id(1).to(tl.int64)
+    group = tl.program_id(1)
     begin = group * GROUP
     end = tl.minimum(begin + GROUP, K)
 
@@ -100,7 +101,7 @@ def _quantize_kernel(
         largest = tl.maximum(largest, tl.max(bits, axis=1))
 
     if LEARNED:
-        which = group * X_GROUPED + tl.zeros((BLOCK_M,), tl.int64)
+        which = group * X_GROUPED + tl.zeros((BLOCK_M,), tl.int32)
         scale, zero = range_of(x_scale_ptr, x_zero_ptr, which, rows < M)
         divisor, low, high = scale, -zero, 15.0 - zero
         scale = tl.where(largest > _INFINITY, float("nan"), scale)
@@ -126,8 +127,8 @@ def _quantize_kernel(
         # What is no number has no code; its row's scale says so.
         q = tl.where((steps == steps) & mask, q, 0.0)
         total += tl.sum(q, axis=1)
-        row_bytes = (K + 1) // 2
-        at = (places % 2)[None, :] * plane + rows[:, None] * row_bytes + (places // 2)[None, :]
+        of_place = (places % 2).to(tl.int64) * plane + places // 2
+        at = rows[:, None] * row_bytes + of_place[None, :]
         tl.store(q_ptr + at, q.to(tl.int8), mask=mask)
     at = rows * GROUPS + group
     tl.store(q_scale_ptr + at, scale, mask=rows < M)
@@ -149,6 +150,7 @@ def _int4_bytes_kernel(
     K,
     GROUP,
     GROUPS,
+    row_bytes,
     plane,
     codes_stride_n,
     codes_stride_k,
@@ -169,7 +171,10 @@ def _int4_bytes_kernel(
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_bytes = (K + 1) // 2
+    # Offsets within the tile are 32-bit: what is kept of them through the loop is half as much.
+    row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    q_ptr += tl.program_id(0).to(tl.int64) * BLOCK_M * row_bytes
+    codes_ptr += tl.program_id(1).to(tl.int64) * BLOCK_N * codes_stride_n
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for group in range(0, GROUPS):
         begin = group * GROUP
@@ -189,13 +194,11 @@ def _int4_bytes_kernel(
             even = (2 * at >= begin) & (2 * at < end)
             odd = (2 * at + 1 >= begin) & (2 * at + 1 < end)
             byte = tl.load(
-                codes_ptr
-                + at.to(tl.int64)[:, None] * codes_stride_k
-                + columns[None, :] * codes_stride_n,
+                codes_ptr + (at[:, None] * codes_stride_k + column[None, :] * codes_stride_n),
                 mask=(even | odd)[:, None] & (columns < N)[None, :],
                 other=0,
             )
-            q_at = rows[:, None] * row_bytes + at[None, :]
+            q_at = row[:, None] * row_bytes + at[None, :]
             in_rows = (rows < M)[:, None]
             q = tl.load(q_ptr + q_at, mask=in_rows & even[None, :], other=0)
             low = (byte & 15).to(tl.int8) - minus[None, :]
@@ -235,6 +238,11 @@ def tile_of_group(group: int) -> tuple[int, int]:
     return max(1, _TILE // places), places
 
 
+def bytes_of_row(k: int) -> int:
+    """Of a plane of q: a multiple of what a load takes at once."""
+    return triton.cdiv(triton.cdiv(k, 2), 16) * 16
+
+
 def quantize(
     x: torch.Tensor,
     perm: torch.Tensor | None,
@@ -243,10 +251,8 @@ def quantize(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, its scales and its sums, of x (M, K); learned: x_scale and x_zero."""
     m, k = x.shape
-    groups, plane = triton.cdiv(k, group), m * triton.cdiv(k, 2)
-    q = x.new_empty((2, m, triton.cdiv(k, 2)), dtype=torch.int8)
-    if k % 2:
-        q[1, :, -1] = 0
+    groups, row_bytes = triton.cdiv(k, group), bytes_of_row(k)
+    q = x.new_empty((2, m, row_bytes), dtype=torch.int8)
     q_scale = x.new_empty((m, groups), dtype=torch.float32)
     q_sum = torch.empty_like(q_scale)
     block_m, block_k = tile_of_group(group)
@@ -263,7 +269,8 @@ def quantize(
         k,
         group,
         groups,
-        plane,
+        row_bytes,
+        m * row_bytes,
         x.stride(0),
         x.stride(1),
         PERM=perm is not None,
@@ -279,14 +286,16 @@ def quantize(
 
 
 def tile_of_product(m: int) -> dict[str, Any]:
-    """The tile of y: two accumulators of it, integers and floats, fill the registers."""
+    """The tile of y, of which there are two accumulators, integers and floats. 64 columns, half as
+    many warps, or tiles in flight spill on one architecture or another: bytes at addresses of
+    unknown alignment are loaded one by one."""
     block_m = min(64, max(16, triton.next_power_of_2(m)))
     return {
         "BLOCK_M": block_m,
-        "BLOCK_N": 64,
+        "BLOCK_N": 32,
         "BLOCK_B": _BLOCK_B,
-        "num_warps": 4,
-        "num_stages": 3,
+        "num_warps": 8 if block_m == 64 else 4,
+        "num_stages": 1,
     }
 
 
@@ -321,7 +330,8 @@ def linear(
         k,
         group,
         triton.cdiv(k, group),
-        m * triton.cdiv(k, 2),
+        bytes_of_row(k),
+        m * bytes_of_row(k),
         codes.stride(0),
         codes.stride(1),
         INTEGER_ZERO=zero is not None and not zero.is_floating_point(),

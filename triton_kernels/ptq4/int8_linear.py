@@ -17,7 +17,7 @@ import triton.language as tl
 from pyfastft._op import implement
 from pyfastft.reference.lora.linear import rows as as_matrix
 from pyfastft.triton_kernels._common import DOT_TYPES, OPTIONS, device_of
-from pyfastft.triton_kernels._plan import parts_of
+from pyfastft.triton_kernels._plan import Device, parts_of
 from pyfastft.triton_kernels.lora._stages import sum_parts
 from pyfastft.triton_kernels.ptq4._rounded import unsupported
 
@@ -137,9 +137,10 @@ def _int8_scale_gradient_kernel(
 
 # -- launchers -------------------------------------------------------------------------------------
 
-# By whether tensor cores multiply: rows, columns, depth, num_warps, num_stages. float32 holds its
+# By whether tensor cores multiply: rows, columns, depth, num_warps, num_stages. On half as many
+# warps 64 of each spill, where codes of unknown alignment are loaded one by one. float32 holds its
 # operands in registers.
-_TILES = {True: (64, 64, 64, 4, 3), False: (32, 32, 32, 4, 1)}
+_TILES = {True: (64, 64, 64, 8, 3), False: (32, 32, 32, 4, 1)}
 
 
 def _tile(x: torch.Tensor, names: str) -> dict[str, Any]:
@@ -149,7 +150,7 @@ def _tile(x: torch.Tensor, names: str) -> dict[str, Any]:
     return {**blocks, "num_warps": num_warps, "num_stages": num_stages, **OPTIONS}
 
 
-def _product(
+def product(
     out: torch.Tensor,
     a: torch.Tensor,
     codes: torch.Tensor,
@@ -158,7 +159,7 @@ def _product(
     *,
     scaled_depth: bool,
 ) -> None:
-    """Of a (M, K) and codes (N, K)."""
+    """out = (a codes^T) * scale + bias, or (a * scale) codes^T; of a (M, K) and codes (N, K)."""
     (m, k), n = a.shape, codes.shape[0]
     tile = _tile(a, "MNK")
     _int8_product_kernel[(triton.cdiv(m, tile["BLOCK_M"]), triton.cdiv(n, tile["BLOCK_N"]))](
@@ -181,13 +182,18 @@ def _product(
     )
 
 
-def _scale_gradient(
-    dscale: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, codes: torch.Tensor
+def scale_gradient(
+    device: Device,
+    dscale: torch.Tensor,
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    codes: torch.Tensor,
 ) -> None:
+    """dscale = sum_k (grad^T x) * codes, M, N and K at least 1."""
     (m, k), n = x.shape, codes.shape[0]
     tile = _tile(x, "NKM")
     over_outputs = triton.cdiv(n, tile["BLOCK_N"])
-    splits, part = parts_of(k, tile["BLOCK_K"], over_outputs, device_of(x))
+    splits, part = parts_of(k, tile["BLOCK_K"], over_outputs, device)
     parts = dscale if splits == 1 else dscale.new_empty((splits, n))
     _int8_scale_gradient_kernel[(over_outputs, splits)](
         parts,
@@ -221,7 +227,7 @@ def int8_linear(
     if y.numel() == 0:
         return
     with torch.cuda.device_of(x):
-        _product(as_matrix(y), as_matrix(x), codes, scale, bias, scaled_depth=False)
+        product(as_matrix(y), as_matrix(x), codes, scale, bias, scaled_depth=False)
 
 
 @implement("int8_linear_backward", "triton", unsupported=unsupported)
@@ -238,12 +244,12 @@ def int8_linear_backward(
     grad = as_matrix(grad)
     with torch.cuda.device_of(grad):
         if need[0] and dx.numel():
-            _product(as_matrix(dx), grad, codes.T, scale, None, scaled_depth=True)
+            product(as_matrix(dx), grad, codes.T, scale, None, scaled_depth=True)
         if need[1] and dscale.numel():
             assert x is not None
             x = as_matrix(x)
             if x.numel():
-                _scale_gradient(dscale, grad, x, codes)
+                scale_gradient(device_of(x), dscale, grad, x, codes)
             else:
                 dscale.zero_()
         if need[2]:

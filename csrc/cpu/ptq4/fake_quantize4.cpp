@@ -4,6 +4,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
+#include "cpu/ptq4/weight.h"
 #include "fastft/api.h"
 #include "fastft/status.h"
 
@@ -11,14 +12,6 @@
 #include "cpu/isa.h"
 
 namespace fastft {
-
-int check_perm(const char* name, const int32_t* perm, int64_t k) {
-  for (int64_t j = 0; perm && j < k; ++j)
-    FT_CHECK(perm[j] >= 0 && perm[j] < k, "%s: perm[%lld] is %d, of %lld features", name,
-             static_cast<long long>(j), perm[j], static_cast<long long>(k));
-  return 0;
-}
-
 namespace {
 
 // By ft_isa.
@@ -43,8 +36,9 @@ int run(const char* name, void (*FakeQuantize4Kernels::*kernel)(const FakeQuanti
            "%s: %lld ranges of groups of %lld of %lld", name,
            static_cast<long long>(f.range.groups), static_cast<long long>(f.group_size),
            static_cast<long long>(f.x.k));
-  if (check_perm(name, f.x.perm, f.x.k)) return 1;
   try {
+    std::vector<int32_t> position;
+    if (f.x.perm && invert_perm(name, f.x.perm, f.x.k, position)) return 1;
     (kLevels[active_isa()]->*kernel)(f);
   } catch (const std::bad_alloc&) {
     return fail("%s: no memory for scratch buffers", name);

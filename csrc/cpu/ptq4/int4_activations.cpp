@@ -30,21 +30,16 @@ int run(const char* name, const Int4Activations& f) {
   const Int4Weight& w = f.weight;
   FT_CHECK(f.x.dtype >= FT_FLOAT32 && f.x.dtype <= FT_FLOAT16, "%s: unknown dtype code %d", name,
            f.x.dtype);
-  FT_CHECK(w.scale_dtype == FT_FLOAT32 || w.scale_dtype == FT_BFLOAT16,
-           "%s: scale of dtype code %d", name, w.scale_dtype);
-  FT_CHECK(f.x.m >= 0 && w.n >= 0 && w.k >= 0 && w.group_size > 0 && w.group_size <= kMostOfGroup,
-           "%s: sizes m %lld, n %lld, k %lld, group_size %lld", name, static_cast<long long>(f.x.m),
-           static_cast<long long>(w.n), static_cast<long long>(w.k),
-           static_cast<long long>(w.group_size));
-  const uint8_t* const zeros = w.float_zero ? nullptr : static_cast<const uint8_t*>(w.zero);
+  FT_CHECK(f.x.m >= 0, "%s: %lld rows", name, static_cast<long long>(f.x.m));
+  FT_CHECK(w.group <= kMostOfGroup, "%s: a group of %lld", name, static_cast<long long>(w.group));
+  FT_CHECK(f.range.groups == 1 || f.range.groups == w.groups,
+           "%s: %lld ranges of x for %lld groups", name, static_cast<long long>(f.range.groups),
+           static_cast<long long>(w.groups));
+  const uint8_t* const zeros =
+      w.zero_kind == FT_ZERO_UINT8 ? static_cast<const uint8_t*>(w.zero) : nullptr;
   for (int64_t at = 0; zeros && at < w.n * w.groups; ++at)
     FT_CHECK(zeros[at] <= 15, "%s: a zero of %d, which is no code", name, zeros[at]);
-  if (check_perm(name, f.x.perm, w.k)) return 1;
-  try {
-    kLevels[active_isa()]->linear(f);
-  } catch (const std::bad_alloc&) {
-    return fail("%s: no memory for scratch buffers", name);
-  }
+  kLevels[active_isa()]->linear(f);
   return 0;
 }
 
@@ -54,17 +49,25 @@ int run(const char* name, const Int4Activations& f) {
 int ft_cpu_int4_linear_a8(void* y, const void* x, const uint8_t* codes, const void* scale,
                           const void* zero, const int32_t* perm, const void* bias, int64_t m,
                           int64_t n, int64_t k, int64_t group_size, int64_t x_stride_m,
-                          int64_t x_stride_k, int32_t scale_dtype, int32_t float_zero,
-                          int32_t dtype, int32_t threads) {
+                          int64_t x_stride_k, int32_t zero_kind, int32_t scale_dtype, int32_t dtype,
+                          int32_t threads) {
   using namespace fastft;
-  const int64_t group = greater(1, lesser(group_size, k));
-  return run("cpu_int4_linear_a8",
-             {y,
-              {x, m, k, x_stride_m, x_stride_k, perm, dtype},
-              {nullptr, nullptr, 1},
-              {codes, scale, zero, n, k, group, ceil_div(k, group), scale_dtype, float_zero != 0},
-              bias,
-              usable_threads(threads)});
+  const char* name = "cpu_int4_linear_a8";
+  try {
+    std::vector<int32_t> position;
+    Int4Weight weight;
+    if (make_int4_weight(name, codes, scale, zero, perm, n, k, group_size, FT_INT4, zero_kind,
+                         scale_dtype, position, weight))
+      return 1;
+    return run(name, {y,
+                      {x, m, k, x_stride_m, x_stride_k, perm, dtype},
+                      {nullptr, nullptr, 1},
+                      weight,
+                      bias,
+                      usable_threads(threads)});
+  } catch (const std::bad_alloc&) {
+    return fail("%s: no memory for scratch buffers", name);
+  }
 }
 
 int ft_cpu_int4_linear_a4(void* y, const void* x, const uint8_t* codes, const void* scale,
@@ -74,13 +77,19 @@ int ft_cpu_int4_linear_a4(void* y, const void* x, const uint8_t* codes, const vo
                           int64_t x_stride_k, int32_t scale_dtype, int32_t dtype, int32_t threads) {
   using namespace fastft;
   const char* name = "cpu_int4_linear_a4";
-  const int64_t group = greater(1, lesser(group_size, k)), groups = ceil_div(k, group);
-  FT_CHECK(x_groups == 1 || x_groups == groups, "%s: %lld ranges of x for %lld groups", name,
-           static_cast<long long>(x_groups), static_cast<long long>(groups));
-  return run(name, {y,
-                    {x, m, k, x_stride_m, x_stride_k, perm, dtype},
-                    {x_scale, x_zero, x_groups},
-                    {codes, scale, zero, n, k, group, groups, scale_dtype, false},
-                    bias,
-                    usable_threads(threads)});
+  try {
+    std::vector<int32_t> position;
+    Int4Weight weight;
+    if (make_int4_weight(name, codes, scale, zero, perm, n, k, group_size, FT_INT4,
+                         zero ? FT_ZERO_UINT8 : FT_ZERO_NONE, scale_dtype, position, weight))
+      return 1;
+    return run(name, {y,
+                      {x, m, k, x_stride_m, x_stride_k, perm, dtype},
+                      {x_scale, x_zero, x_groups},
+                      weight,
+                      bias,
+                      usable_threads(threads)});
+  } catch (const std::bad_alloc&) {
+    return fail("%s: no memory for scratch buffers", name);
+  }
 }

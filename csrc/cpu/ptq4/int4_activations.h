@@ -2,19 +2,11 @@
 // to a level.
 #pragma once
 #include "cpu/ptq4/quantize.h"
+#include "cpu/ptq4/weight.h"
 
 namespace fastft {
 
-// W[n, perm[j]] = scale[n, j / group_size] * (code[n, j] - zero[n, j / group_size]); x has perm.
-struct Int4Weight {
-  const uint8_t* codes;  // (n, ceil(k / 2)), low nibble first
-  const void* scale;     // (n, groups)
-  const void* zero;      // (n, groups): uint8, or float; or null, which is 8
-  int64_t n, k, group_size, groups;
-  int32_t scale_dtype;
-  bool float_zero;
-};
-
+// The codebook is int4; x has the weight's perm.
 struct Int4Activations {
   void* y;
   Activations x;

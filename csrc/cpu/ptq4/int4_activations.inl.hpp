@@ -74,30 +74,34 @@ inline void quantize_row(const Int4Activations& f, int64_t m, const ByteRows& ro
 
 // ---- weights -------------------------------------------------------------------------------
 
+FT_INLINE float scalar_of(const void* data, int32_t dtype, int64_t at) {
+  return dtype == FT_FLOAT32 ? static_cast<const float*>(data)[at]
+                             : to_float(static_cast<const bf16*>(data)[at]);
+}
+
 // Strip `strip` of lines [n0, n0 + lines).
 inline void unpack_strip(const Int4Weight& w, const ByteColumns& columns, int strip, int64_t n0,
                          int lines, const int32_t* offsets, Words* zeros, uint8_t* filled) {
   const ByteDepth& depth = columns.depth;
-  const float* const float_zeros = static_cast<const float*>(w.zero);
-  const uint8_t* const byte_zeros = static_cast<const uint8_t*>(w.zero);
+  float *const scales = columns.scales(strip), *const float_zeros = columns.zeros(strip);
   for (int64_t g = 0; g < depth.groups; ++g) {
-    Words z = splat_word(w.zero ? 0 : 0x08080808);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t at = (n0 + lane) * w.groups + g, to = g * kLanes + lane;
-      const bool there = lane < lines;
-      if (there && w.zero && !w.float_zero) z[lane] = byte_zeros[at] * 0x01010101;
-      columns.scales(strip)[to] = !there ? 0.0f
-                                  : w.scale_dtype == FT_FLOAT32
-                                      ? static_cast<const float*>(w.scale)[at]
-                                      : to_float(static_cast<const bf16*>(w.scale)[at]);
-      if (w.float_zero) columns.zeros(strip)[to] = there ? float_zeros[at] : 0.0f;
-    }
-    zeros[g] = z;
+    zeros[g] = splat_word(w.zero_kind == FT_ZERO_NONE ? 0x08080808 : 0);
+    store(scales + g * kLanes, zero());
+    store(float_zeros + g * kLanes, zero());
   }
-  const int64_t row_bytes = ceil_div(w.k, 2);
+  for (int lane = 0; lane < lines; ++lane)
+    for (int64_t g = 0; g < depth.groups; ++g) {
+      const int64_t at = (n0 + lane) * w.groups + g, to = g * kLanes + lane;
+      scales[to] = scalar_of(w.scale, w.scale_dtype, at);
+      if (w.zero_kind == FT_ZERO_UINT8)
+        zeros[g][lane] = static_cast<const uint8_t*>(w.zero)[at] * 0x01010101;
+      else if (w.zero_kind == FT_ZERO_FLOAT)
+        float_zeros[to] = scalar_of(w.zero, w.scale_dtype, at);
+    }
+  const int64_t row_bytes = w.row_bytes;
   const uint8_t* codes = w.codes + n0 * row_bytes;
   int64_t stride = row_bytes;
-  if (w.group_size % kCodesOfWord) {
+  if (w.group % kCodesOfWord) {
     stride = depth.words() * 4;
     for (int line = 0; line < lines; ++line)
       fill_up_groups(codes + line * row_bytes, depth, filled + line * stride);
@@ -127,7 +131,7 @@ inline void int4_linear(const Int4Activations& f) {
   const ScratchScope scope;
   const Int4Weight& w = f.weight;
   if (!f.x.m || !w.n) return;
-  const ByteDepth depth{w.k, w.group_size, w.groups};
+  const ByteDepth depth{w.k, w.group, w.groups};
   const int height = byte_row_height(f.x.m);
   const int64_t row_strips = ceil_div(f.x.m, height), column_pairs = ceil_div(w.n, kByteColumns);
 
@@ -160,8 +164,8 @@ inline void int4_linear(const Int4Activations& f) {
                    reinterpret_cast<uint8_t*>(own + floats_bytes));
   });
 
-  const ByteTile multiply =
-      w.float_zero ? byte_tile_of_height<true>(height) : byte_tile_of_height<false>(height);
+  const ByteTile multiply = w.zero_kind == FT_ZERO_FLOAT ? byte_tile_of_height<true>(height)
+                                                         : byte_tile_of_height<false>(height);
   const auto store_rows = f.x.dtype == FT_FLOAT32    ? store_tile<float>
                           : f.x.dtype == FT_BFLOAT16 ? store_tile<bf16>
                                                      : store_tile<fp16>;

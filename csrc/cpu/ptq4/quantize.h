@@ -18,7 +18,4 @@ struct LearnedRange {
   int64_t groups;
 };
 
-// Fails, as FT_CHECK does, unless perm is null or names features of 0 to k - 1.
-int check_perm(const char* name, const int32_t* perm, int64_t k);
-
 }  // namespace fastft

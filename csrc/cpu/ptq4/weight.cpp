@@ -25,6 +25,12 @@ int make_int4_weight(const char* name, const uint8_t* codes, const void* scale, 
       codes,          scale,    zero,        perm,     nullptr, n, k, group, ceil_div(k, group),
       ceil_div(k, 2), codebook, scale_dtype, zero_kind};
   if (!perm) return 0;
+  if (invert_perm(name, perm, k, position)) return 1;
+  weight.position = position.data();
+  return 0;
+}
+
+int invert_perm(const char* name, const int32_t* perm, int64_t k, std::vector<int32_t>& position) {
   FT_CHECK(k <= INT32_MAX, "%s: perm of %lld features", name, static_cast<long long>(k));
   position.assign(size_t(k), -1);
   for (int64_t j = 0; j < k; ++j) {
@@ -33,7 +39,6 @@ int make_int4_weight(const char* name, const uint8_t* codes, const void* scale, 
     FT_CHECK(position[size_t(perm[j])] < 0, "%s: perm has feature %d twice", name, perm[j]);
     position[size_t(perm[j])] = int32_t(j);
   }
-  weight.position = position.data();
   return 0;
 }
 

@@ -24,4 +24,7 @@ int make_int4_weight(const char* name, const uint8_t* codes, const void* scale, 
                      int32_t codebook, int32_t zero_kind, int32_t scale_dtype,
                      std::vector<int32_t>& position, Int4Weight& weight);
 
+// The inverse of perm. Fails, as FT_CHECK does, where it is no permutation of k features.
+int invert_perm(const char* name, const int32_t* perm, int64_t k, std::vector<int32_t>& position);
+
 }  // namespace fastft

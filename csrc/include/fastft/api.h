@@ -177,7 +177,7 @@ FT_API int ft_cpu_abs_row_sums_backward(void* du, void* dv, void* dw, const floa
 FT_API int ft_cpu_int4_linear_a8(void* y, const void* x, const uint8_t* codes, const void* scale,
                                  const void* zero, const int32_t* perm, const void* bias, int64_t m,
                                  int64_t n, int64_t k, int64_t group_size, int64_t x_stride_m,
-                                 int64_t x_stride_k, int32_t scale_dtype, int32_t float_zero,
+                                 int64_t x_stride_k, int32_t zero_kind, int32_t scale_dtype,
                                  int32_t dtype, int32_t threads);
 
 // The same with x^ = x_scale * (clamp(round(x / x_scale) + zero, 0, 15) - zero), zero being x_zero

@@ -11,6 +11,7 @@ from pyfastft import _native
 from pyfastft._native import DTYPES, address
 from pyfastft._op import implement
 from pyfastft.native.lora._layers import cpu_unsupported, optional, rows
+from pyfastft.native.ptq4._weights import refuse_perm
 
 
 def _call(
@@ -48,7 +49,10 @@ def fake_quantize4(
 ) -> None:
     x = rows(x, x.shape[:-1].numel(), x.shape[-1])
     x_scale, x_zero, perm = x_scale.contiguous(), x_zero.contiguous(), optional(perm)
-    _native.cpu().fake_quantize4(y=y.data_ptr(), **_call(x, x_scale, x_zero, perm, group_size))
+    try:
+        _native.cpu().fake_quantize4(y=y.data_ptr(), **_call(x, x_scale, x_zero, perm, group_size))
+    except RuntimeError as error:
+        refuse_perm("fake_quantize4", error, perm)
 
 
 @implement("fake_quantize4_backward", "cpu", unsupported=cpu_unsupported)
@@ -67,12 +71,15 @@ def fake_quantize4_backward(
     m, k = x.shape[:-1].numel(), x.shape[-1]
     x, grad = rows(x, m, k), rows(grad, m, k)
     x_scale, x_zero, perm = x_scale.contiguous(), x_zero.contiguous(), optional(perm)
-    _native.cpu().fake_quantize4_backward(
-        dx=address(dx),
-        dscale=address(dscale),
-        dzero=address(dzero),
-        grad=grad.data_ptr(),
-        grad_stride_m=grad.stride(0),
-        grad_stride_k=grad.stride(1),
-        **_call(x, x_scale, x_zero, perm, group_size),
-    )
+    try:
+        _native.cpu().fake_quantize4_backward(
+            dx=address(dx),
+            dscale=address(dscale),
+            dzero=address(dzero),
+            grad=grad.data_ptr(),
+            grad_stride_m=grad.stride(0),
+            grad_stride_k=grad.stride(1),
+            **_call(x, x_scale, x_zero, perm, group_size),
+        )
+    except RuntimeError as error:
+        refuse_perm("fake_quantize4_backward", error, perm)

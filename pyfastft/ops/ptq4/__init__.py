@@ -6,6 +6,8 @@ from pyfastft.ops.ptq4.fake_quantize4 import (
     fake_quantize4,
     fake_quantize4_backward,
 )
+from pyfastft.ops.ptq4.int4_linear_a4 import Int4LinearA4Function, int4_linear_a4
+from pyfastft.ops.ptq4.int4_linear_a8 import Int4LinearA8Function, int4_linear_a8
 from pyfastft.ops.ptq4.int8_linear import Int8LinearFunction, int8_linear, int8_linear_backward
 from pyfastft.ops.ptq4.linear import Int4LinearFunction, int4_linear, int4_linear_backward
 from pyfastft.ops.ptq4.lora_linear import (
@@ -17,6 +19,8 @@ from pyfastft.ops.ptq4.quantize_weight import hqq_quantize, rtn_quantize
 
 __all__ = [
     "FakeQuantize4Function",
+    "Int4LinearA4Function",
+    "Int4LinearA8Function",
     "Int4LinearFunction",
     "Int4LoRALinearFunction",
     "Int8LinearFunction",
@@ -25,6 +29,8 @@ __all__ = [
     "hqq_quantize",
     "int4_dequantize",
     "int4_linear",
+    "int4_linear_a4",
+    "int4_linear_a8",
     "int4_linear_backward",
     "int4_lora_linear",
     "int4_lora_linear_backward",

@@ -3,6 +3,8 @@
 from pyfastft.reference.ptq4 import (
     dequantize,
     fake_quantize4,
+    int4_linear_a4,
+    int4_linear_a8,
     int8_linear,
     linear,
     lora_linear,
@@ -12,6 +14,8 @@ from pyfastft.reference.ptq4 import (
 __all__ = [
     "dequantize",
     "fake_quantize4",
+    "int4_linear_a4",
+    "int4_linear_a8",
     "int8_linear",
     "linear",
     "lora_linear",
