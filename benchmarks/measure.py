@@ -32,7 +32,7 @@ from pyfastft.benchmarks.timer import (
     summarise,
 )
 
-FAMILIES = ("lora",)
+FAMILIES = ("lora", "ptq4")
 OURS = "pyfastft"
 PEERS = ("pytorch", "torch.compile", "peft")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
