@@ -162,13 +162,18 @@ def test_4_bit_engines_are_measured_and_chosen(
 ) -> None:
     """Those of another backend take no part."""
     fake = FakeClock()
-    slow = _kernels.dequantize
 
-    def dequantize(*args: Any, **kwargs: Any) -> None:
-        fake.now += 1.0
-        slow(*args, **kwargs)
+    def costs(name: str, seconds: float) -> None:
+        call = getattr(_kernels, name)
 
-    monkeypatch.setattr(_kernels, "dequantize", dequantize)
+        def timed(*args: Any, **kwargs: Any) -> None:
+            fake.now += seconds
+            call(*args, **kwargs)
+
+        monkeypatch.setattr(_kernels, name, timed)
+
+    costs("dequantize", 2.0)
+    costs("product", 1.0)
     problem = _int4_engine.Problem(3, 64, 64, 32, "bfloat16", "uint8", table=False, aligned=True)
     assert run(fake, tmp_path / "table.json", [problem]) == []
     (row,) = rows(tmp_path / "table.json")
