@@ -147,22 +147,22 @@ class Session:
 
     Args:
         device: where.
-        known: figures that a run has brought already, by (figure, case).
+        known: figures that a run has brought already, by (family, figure, case).
     """
 
     def __init__(
         self,
         device: torch.device,
-        known: Mapping[tuple[str, Case | None], Mapping[str, float]] | None = None,
+        known: Mapping[tuple[str, str, Case | None], Mapping[str, float]] | None = None,
     ) -> None:
         self.device = device
-        self._known: dict[tuple[str, Case | None], dict[str, Any]] = {
+        self._known: dict[tuple[str, str, Case | None], dict[str, Any]] = {
             key: {"numbers": dict(numbers)} for key, numbers in (known or {}).items()
         }
 
     def record(self, bar: Bar) -> dict[str, Any]:
         """What ``bars.json`` holds of a bar. A figure that cannot be taken has an error instead."""
-        key = (bar.figure, bar.case)
+        key = (bar.family, bar.figure, bar.case)
         if key not in self._known:
             try:
                 self._known[key] = {"numbers": self._measure(bar)}

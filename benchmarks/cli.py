@@ -171,8 +171,8 @@ def _update_bars(
 ) -> bool:
     """Record every bar of this machine, the slow ones where asked for; whether all are met."""
     known = {
-        ("speedup", row.case): bars.speedups(row.speedup)
-        for rows in rows_of.values()
+        (name, "speedup", row.case): bars.speedups(row.speedup)
+        for name, rows in rows_of.items()
         for row in rows
         if row.match
     }

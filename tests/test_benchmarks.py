@@ -385,7 +385,7 @@ def test_the_speed_bar_comes_from_the_gated_timer(monkeypatch: pytest.MonkeyPatc
     bar = next(bar for bar in bars.load() if bar.figure == "speedup" and bar.value)
     finding = bars.judge(bar, bars.Session(CPU).record(bar))
     assert finding.verdict == "falls short"
-    known = {("speedup", bar.case): {"peft": 1.3, "pytorch": 1.1}}
+    known = {(bar.family, "speedup", bar.case): {"peft": 1.3, "pytorch": 1.1}}
     finding = bars.judge(bar, bars.Session(CPU, known).record(bar))
     assert finding.verdict == "met"
     assert "1.3 x (pytorch 1.1)" in report.text_table(bars.cells([finding]))
