@@ -1,0 +1,1 @@
+"""Parts of the ptq4 family's benchmark."""
