@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import pyfastft as ft
 from pyfastft.benchmarks.lora.layer import SCALING
 from pyfastft.benchmarks.measure import DTYPES, OURS, Case, Workload
+from pyfastft.benchmarks.ptq4.activations import quantized_activations
 from pyfastft.functional import int4_dequantize, int4_linear, int4_lora_linear
 from pyfastft.testing.tolerance import assert_accurate
 
@@ -39,7 +40,9 @@ CASES = {
     ),
 }
 QUICK = Case((16, 1024, 1024), 0, 0.0, "bfloat16")
-FIGURES: dict[str, Callable[..., dict[str, float]]] = {}
+FIGURES: dict[str, Callable[..., dict[str, float]]] = {
+    "quantized_activations": quantized_activations,
+}
 
 
 @dataclass
