@@ -6,22 +6,32 @@
 
 namespace {
 
-// Blocks of codes whose scales are spread over the lanes at once.
-constexpr int kSpreadBlocks = 32;
-constexpr int64_t kSpread = kSpreadBlocks * kLanes;
+// Blocks of codes whose scales are made ready at once.
+constexpr int kReadyBlocks = 32;
 // How far ahead of use codes are asked for.
-constexpr int64_t kCodesAhead = 1024;
+constexpr int64_t kCodesAhead = 2048;
 
-// The group's value for every lane of [first, end): lanes never lie in two groups.
-template <class Read>
-FT_INLINE void spread_groups(const Int4Weight& w, int64_t first, int64_t end, float* to,
-                             const Read& read) {
-  const int64_t lanes = w.group / kLaneCodes;
-  for (int64_t g = first / lanes; g * lanes < end; ++g) {
-    const Vec value = splat(read(g));
-    const int64_t last = lesser((g + 1) * lanes, end);
-    for (int64_t lane = greater(g * lanes, first); lane < last; lane += kLanes)
-      store(to + lane - first, value);
+// The values of a row's groups for blocks [first, end) of its codes: one for each block where a
+// group has whole blocks, else one for each lane, of which none lies in two groups.
+template <bool kWholeBlocks, class Read>
+FT_INLINE void ready_groups(const Int4Weight& w, int64_t first, int64_t end, float* to,
+                            const Read& read) {
+  constexpr int kCodesOf = kWholeBlocks ? kBlockCodes : kLaneCodes;
+  const int64_t per_group = w.group / kCodesOf;
+  int64_t at = first * (kBlockCodes / kCodesOf);
+  const int64_t last = lesser(end * (kBlockCodes / kCodesOf), ceil_div(w.k, kCodesOf));
+  int64_t group = at / per_group;
+  for (int64_t left = (group + 1) * per_group - at; at < last; ++group, left = per_group) {
+    const float value = read(group);
+    left = lesser(left, last - at);
+    at += left;
+    if (kWholeBlocks) {
+      for (; left > 0; --left) *to++ = value;
+    } else {
+      // What is written too much, the next group or nobody has.
+      for (int64_t lane = 0; lane < left; lane += kLanes) store(to + lane, splat(value));
+      to += left;
+    }
   }
 }
 
@@ -42,11 +52,12 @@ FT_INLINE auto few_rows_table(const Int4Weight& w) {
 }
 
 // totals[i] = row i times kLanes lines of which there are `lines`, over positions [begin, end).
-template <bool kPairs, int kRows, bool kZeros>
+template <bool kPairs, int kRows, bool kZeros, bool kWholeBlocks>
 void rows_times_codes(const Int4Columns& columns, const float* rows, int64_t row_stride,
                       int64_t line, int lines, int64_t begin, int64_t end, Vec* totals) {
   constexpr int kItems = kPairs ? 4 : 8;  // of a lane
-  constexpr int kTogether = kLanes == 16 ? (kRows < 4 ? 4 : 2) : kRows < 4 ? 2 : 1;
+  // Two lines: with four, measured, the second level of the cache keeps up worse.
+  constexpr int kTogether = kLanes == 16 || kRows < 4 ? 2 : 1;
   const Int4Weight& w = columns.w;
   const auto table = few_rows_table<kPairs>(w);
   const int64_t bytes = w.row_bytes - begin / 2;
@@ -63,22 +74,29 @@ void rows_times_codes(const Int4Columns& columns, const float* rows, int64_t row
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < kTogether; ++j) master[i][j] = zero();
-    for (int64_t b = 0; b < blocks; b += kSpreadBlocks) {
-      float scales[kTogether][kSpread + kLanes], zeros[kTogether][kZeros ? kSpread + kLanes : 1];
-      const int64_t last = lesser(b + kSpreadBlocks, blocks);
+    for (int64_t b = 0; b < blocks; b += kReadyBlocks) {
+      constexpr int kValues = kWholeBlocks ? 1 : kLanes;  // of a block
+      constexpr int64_t kReady = (kReadyBlocks + 1) * kValues;
+      float scales[kTogether][kReady], zeros[kTogether][kZeros ? kReady : 1];
+      const int64_t last = lesser(b + kReadyBlocks, blocks), block0 = begin / kBlockCodes;
       for (int j = 0; j < kTogether; ++j) {
         const int64_t n = line + lesser(first + j, lines - 1);
-        const int64_t lane = begin / kLaneCodes + b * kLanes;
-        const int64_t lane_end = lesser(lane + (last - b) * kLanes, ceil_div(w.k, kLaneCodes));
-        spread_groups(w, lane, lane_end, scales[j], [&](int64_t g) { return scale_of(w, n, g); });
+        ready_groups<kWholeBlocks>(w, block0 + b, block0 + last, scales[j],
+                                   [&](int64_t g) { return scale_of(w, n, g); });
         if (kZeros)
-          spread_groups(w, lane, lane_end, zeros[j], [&](int64_t g) { return zero_of(w, n, g); });
+          ready_groups<kWholeBlocks>(w, block0 + b, block0 + last, zeros[j],
+                                     [&](int64_t g) { return zero_of(w, n, g); });
       }
+      const auto value = [b](const float* values, int64_t at) __attribute__((always_inline)) {
+        return kWholeBlocks ? splat(values[at - b]) : load(values + (at - b) * kLanes);
+      };
       const auto block = [&](int64_t at, const auto& read) __attribute__((always_inline)) {
         Codes codes[kTogether];
         Vec sum[kRows][kTogether];
 #pragma GCC unroll 4
-        for (int j = 0; j < kTogether; ++j) codes[j] = read(from[j] + at * 4 * kLanes);
+        for (int j = 0; j < kTogether; ++j) {
+          codes[j] = read(from[j] + at * 4 * kLanes);
+        }
 #pragma GCC unroll 4
         for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
@@ -100,13 +118,12 @@ void rows_times_codes(const Int4Columns& columns, const float* rows, int64_t row
         for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
           for (int j = 0; j < kTogether; ++j) {
-            const int64_t lane = (at - b) * kLanes;
             if (kZeros) {
               const float* x = columns.lane_sums + i * columns.lane_sums_stride;
-              sum[i][j] = sub_product(sum[i][j], load(zeros[j] + lane),
+              sum[i][j] = sub_product(sum[i][j], value(zeros[j], at),
                                       load(x + begin / kLaneCodes + at * kLanes));
             }
-            master[i][j] = fma(sum[i][j], load(scales[j] + lane), master[i][j]);
+            master[i][j] = fma(sum[i][j], value(scales[j], at), master[i][j]);
           }
       };
       int64_t at = b;
@@ -120,13 +137,13 @@ void rows_times_codes(const Int4Columns& columns, const float* rows, int64_t row
       }
       if (at < last) {
         const int64_t rest = bytes - at * 4 * kLanes;
-        for (int j = 0; j < kTogether; ++j)
-          for (int lane = 0; lane < kLanes; ++lane) {
-            // Lanes behind the last code: nothing is read there, and nothing may be made of it.
-            if (lane * 4 < rest) continue;
-            scales[j][(at - b) * kLanes + lane] = 0.0f;
-            if (kZeros) zeros[j][(at - b) * kLanes + lane] = 0.0f;
-          }
+        // Lanes behind the last code: nothing is read there, and nothing may be made of it.
+        if (!kWholeBlocks)
+          for (int j = 0; j < kTogether; ++j)
+            for (int64_t lane = ceil_div(rest, 4); lane < kLanes; ++lane) {
+              scales[j][(at - b) * kLanes + lane] = 0.0f;
+              if (kZeros) zeros[j][(at - b) * kLanes + lane] = 0.0f;
+            }
         block(at, [rest](const uint8_t* p)
                       __attribute__((always_inline)) { return load_codes(p, rest); });
       }
@@ -140,26 +157,33 @@ void rows_times_codes(const Int4Columns& columns, const float* rows, int64_t row
   }
 }
 
-template <bool kPairs, bool kZeros>
+template <bool kPairs, bool kZeros, bool kWholeBlocks>
 void multiply_codes(const Operand& a, const float* rows, int64_t row_stride, int height,
                     int64_t line, int lines, int64_t begin, int64_t end, Vec* totals) {
   const Int4Columns& columns = int4_columns(a);
-  const auto multiply = height == 1   ? rows_times_codes<kPairs, 1, kZeros>
-                        : height == 2 ? rows_times_codes<kPairs, 2, kZeros>
-                                      : rows_times_codes<kPairs, kFewRows, kZeros>;
+  const auto multiply = height == 1   ? rows_times_codes<kPairs, 1, kZeros, kWholeBlocks>
+                        : height == 2 ? rows_times_codes<kPairs, 2, kZeros, kWholeBlocks>
+                                      : rows_times_codes<kPairs, kFewRows, kZeros, kWholeBlocks>;
   for (int first = 0; first < lines; first += kLanes, totals += height)
     multiply(columns, rows, row_stride, line + first, lines - first, begin, end, totals);
 }
 
+template <bool kPairs>
+auto codes_in_place(const Int4Weight& w) -> decltype(Operand::multiply) {
+  const bool whole_blocks = w.group % kBlockCodes == 0;
+  if (w.zero_kind != FT_ZERO_NONE)
+    return whole_blocks ? multiply_codes<kPairs, true, true> : multiply_codes<kPairs, true, false>;
+  return whole_blocks ? multiply_codes<kPairs, false, true> : multiply_codes<kPairs, false, false>;
+}
+
 // Few rows times the codes where they lie: bfloat16 x in pairs, any other in float32.
 inline auto choose_codes_in_place(const Int4Weight& w, bool pairs) -> decltype(Operand::multiply) {
-  const bool zeros = w.zero_kind != FT_ZERO_NONE;
 #if FT_BF16_DOT
-  if (pairs) return zeros ? multiply_codes<true, true> : multiply_codes<true, false>;
+  if (pairs) return codes_in_place<true>(w);
 #else
   (void)pairs;
 #endif
-  return zeros ? multiply_codes<false, true> : multiply_codes<false, false>;
+  return codes_in_place<false>(w);
 }
 
 }  // namespace

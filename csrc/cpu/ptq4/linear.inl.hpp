@@ -6,9 +6,6 @@
 
 namespace {
 
-// Items of depth that columns of pairs are packed by: two strips of them, and the codes that they
-// come from, stay in the first-level cache.
-constexpr int64_t kPairBlockItems = 128;
 // Rows of W that are dequantized, or whose gradient is held, at once.
 constexpr int64_t kRowsAtOnce = 64;
 
@@ -149,7 +146,7 @@ struct ForwardProduct {
     const int32_t dtype = pairs ? FT_BFLOAT16 : FT_FLOAT32;
     const Operand x = ordered(f, lanes, few_rows, pairs);
     sum = product(x, dtype, codes, dtype, values,
-                  few_rows ? greater(1, lesser(items, kMostRowItems)) : kPairBlockItems);
+                  few_rows ? greater(1, lesser(items, kMostRowItems)) : kDepthItems);
 #if FT_BF16_DOT
     if (pairs) sum.scale = 1.0f / kPairFactors[w.codebook];
     if (pairs && !few_rows) {
