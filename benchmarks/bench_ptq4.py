@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import pyfastft as ft
 from pyfastft.benchmarks.lora.layer import SCALING
 from pyfastft.benchmarks.measure import DTYPES, OURS, Case, Workload
+from pyfastft.benchmarks.ptq4 import weight_only
 from pyfastft.benchmarks.ptq4.activations import quantized_activations
 from pyfastft.functional import int4_dequantize, int4_linear, int4_lora_linear
 from pyfastft.testing.tolerance import assert_accurate
@@ -42,6 +43,11 @@ CASES = {
 QUICK = Case((16, 1024, 1024), 0, 0.0, "bfloat16")
 FIGURES: dict[str, Callable[..., dict[str, float]]] = {
     "quantized_activations": quantized_activations,
+    "forward": weight_only.forward,
+    "forward_wide": weight_only.forward_wide,
+    "input_gradient": weight_only.input_gradient,
+    "error": weight_only.error,
+    "qlora": weight_only.qlora,
 }
 
 
