@@ -6,6 +6,8 @@
 
 namespace {
 
+// Items of depth of panels of float32 weights: short sums, whose error is small.
+constexpr int64_t kWeightItems = 128;
 // Rows of W that are dequantized, or whose gradient is held, at once.
 constexpr int64_t kRowsAtOnce = 64;
 
@@ -118,14 +120,20 @@ inline Operand gathered(const Int4Call& f) {
 
 // ---- products ------------------------------------------------------------------------------
 
+// A weight whose only group is lengthened to whole vectors of codes.
+inline Int4Weight in_whole_blocks(Int4Weight w) {
+  if (w.groups == 1) w.group = ceil_div(w.group, kBlockCodes) * kBlockCodes;
+  return w;
+}
+
 // x W^T as a product of the core. It points into itself: make one and leave it where it is.
 struct ForwardProduct {
   Int4Columns columns;
   Groups groups;
   Product sum;
 
-  explicit ForwardProduct(const Int4Call& f) : columns{f.w, nullptr, 0} {
-    const Int4Weight& w = f.w;
+  explicit ForwardProduct(const Int4Call& f) : columns{in_whole_blocks(f.w), nullptr, 0} {
+    const Int4Weight& w = columns.w;
     const bool whole_lanes = w.group % kLaneCodes == 0;
     const bool pairs = FT_BF16_DOT && f.dtype == FT_BFLOAT16 && whole_lanes;
     const bool few_rows = f.m <= kFewRows && whole_lanes;
@@ -137,7 +145,7 @@ struct ForwardProduct {
     if (pairs) codes.pack = pack_pairs;
 #endif
     if (!pairs && !few_rows) {
-      sum = product(gathered(f), f.dtype, codes, FT_FLOAT32, w.k, kDepthItems);
+      sum = product(gathered(f), f.dtype, codes, FT_FLOAT32, w.k, kWeightItems);
       return;
     }
     const int64_t lanes =
@@ -161,9 +169,9 @@ struct ForwardProduct {
   float* row_sums = nullptr;
 
   Operand ordered(const Int4Call& f, int64_t lanes, bool few_rows, bool pairs) {
-    const bool zeros = f.w.zero_kind != FT_ZERO_NONE;
+    const bool zeros = columns.w.zero_kind != FT_ZERO_NONE;
     const int64_t values = lanes * kLaneCodes, rows = few_rows ? kFewRows : f.m;
-    const int64_t sums_of_row = few_rows ? lanes : f.w.groups;
+    const int64_t sums_of_row = few_rows ? lanes : columns.w.groups;
     if (zeros) {
       const int64_t floats = rows * sums_of_row;
       row_sums =
@@ -179,14 +187,14 @@ struct ForwardProduct {
     const Reordering by{f.x,
                         f.x_stride_m,
                         f.x_stride_k,
-                        f.w.perm,
-                        f.w.k,
+                        columns.w.perm,
+                        columns.w.k,
                         lanes,
                         order,
                         few_rows ? row_sums : nullptr,
                         few_rows ? nullptr : row_sums,
-                        f.w.group,
-                        f.w.groups};
+                        columns.w.group,
+                        columns.w.groups};
     void* const to = scratch(Scratch::kOrdered, (f.m * values + 1) * (pairs ? 2 : 4));
     if (pairs)
       reorder<bf16, bf16, true>(by, f.m, static_cast<bf16*>(to), f.threads);

@@ -20,8 +20,7 @@ int make_int4_weight(const char* name, const uint8_t* codes, const void* scale, 
   FT_CHECK(codebook == FT_INT4 || zero_kind == FT_ZERO_NONE, "%s: codebook %d has no zero", name,
            codebook);
   FT_CHECK(zero_kind == FT_ZERO_NONE || zero || !n || !k, "%s: zero is missing", name);
-  // One group has as many codes as any vector of them.
-  const int64_t group = group_size < k ? group_size : ceil_div(greater(k, 1), 128) * 128;
+  const int64_t group = lesser(group_size, greater(k, 1));
   weight = {
       codes,          scale,    zero,        perm,     nullptr, n, k, group, ceil_div(k, group),
       ceil_div(k, 2), codebook, scale_dtype, zero_kind};
