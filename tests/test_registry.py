@@ -20,6 +20,7 @@ from pyfastft.testing.samples import (
     Precision,
     Reject,
     Sample,
+    flat,
     rejects,
     samples,
     upcast,
@@ -42,12 +43,6 @@ def device_of(name: str) -> torch.device:
 def run(op: Op, name: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
     with backend(name):
         return flat(op(*args))
-
-
-def flat(values: Any) -> tuple[Any, ...]:
-    """The values of a tuple, those of a list in it each by itself."""
-    values = values if isinstance(values, tuple) else (values,)
-    return tuple(one for v in values for one in (v if isinstance(v, list) else (v,)))
 
 
 def mapped(function: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -52,7 +52,7 @@ def test_strides_beyond_32_bits(name: str, far: str, dtype: torch.dtype) -> None
 
     def both(t: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         adapter = (t["weight"], t["lora_a"], t["lora_b"])
-        y, xa = ops.lora_linear(t["x"], *adapter, None, scaling, 0.5, rng)
+        y, xa = ops.lora_linear(t["x"], *adapter, None, scaling, 0.5, rng, *(None,) * 3)
         gradients = ops.lora_linear_backward(
             t["grad"], t["x"], *adapter, xa, scaling, 0.5, rng, *(None,) * 3, [True] * 6 + [False]
         )
@@ -86,7 +86,7 @@ def test_the_mask_beyond_element_2_to_the_32() -> None:
     assert len({d.sum().item() for d in dropped.values()}) > 1
     scaling = torch.ones(())
     with backend("cpu"):
-        y, xa = ops.lora_linear(x, weight, lora_a, lora_b, None, scaling, p, rng)
+        y, xa = ops.lora_linear(x, weight, lora_a, lora_b, None, scaling, p, rng, *(None,) * 3)
         for i in rows:
             assert y[i].item() == xa[i].item() == dropped[i].sum().item()
         # Only the last row has a gradient, so dA is that row's dropout(x).

@@ -20,6 +20,7 @@ from pyfastft.testing.samples._base import (
     Precision,
     Reject,
     Sample,
+    flat,
     upcast,
 )
 
@@ -30,6 +31,7 @@ __all__ = [
     "Precision",
     "Reject",
     "Sample",
+    "flat",
     "rejects",
     "samples",
     "upcast",

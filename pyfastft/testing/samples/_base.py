@@ -70,6 +70,12 @@ def upcast(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple([one(a) for a in arg] if isinstance(arg, list) else one(arg) for arg in args)
 
 
+def flat(values: Any) -> tuple[Any, ...]:
+    """An op's outputs, those of a list among them each by itself."""
+    values = values if isinstance(values, tuple) else (values,)
+    return tuple(one for v in values for one in (v if isinstance(v, list) else (v,)))
+
+
 class Drawer:
     """Draws operands in float64 and rounds them, so that every precision sees the same numbers."""
 
