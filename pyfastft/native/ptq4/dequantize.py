@@ -11,7 +11,7 @@ from pyfastft._check import name_of
 from pyfastft._native import DTYPES, address
 from pyfastft._op import implement
 from pyfastft.native.lora._layers import optional
-from pyfastft.native.ptq4._weights import cpu_unsupported, codebook_code, refuse_perm, zero_kind
+from pyfastft.native.ptq4._weights import codebook_code, cpu_unsupported, refuse_perm, zero_kind
 
 
 def _unsupported(codes: torch.Tensor, scale: torch.Tensor, *rest: Any) -> str | None:
