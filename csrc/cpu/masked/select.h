@@ -36,7 +36,7 @@ struct Selection {
 };
 
 struct SelectKernels {
-  // The number of entries found: k, or fewer where `exclude` is not what it should be.
+  // The number of entries found: k.
   int64_t (*select)(const Selection&);
 };
 

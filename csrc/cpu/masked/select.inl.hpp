@@ -204,7 +204,6 @@ void collect_keys(const Selection& f, const Scored& s, int64_t begin, int64_t en
     for (int i = 0; i < count; ++i) {
       const int64_t element = begin + passed.elements[i];
       if (s.excluded && excluded.holds(element)) continue;
-      if (to->count == f.k) return;  // more than were counted: `exclude` is not what it should be
       const bool equal = passed.keys[i] == key;
       if (equal && to->equal++ >= most) continue;
       to->positions[to->count++] = equal ? ~(s.first + element) : s.first + element;
@@ -332,7 +331,7 @@ inline Threshold find_threshold(const Selection& f, const Ranges& ranges, uint32
       total += within;
     }
     if (total < f.k) {
-      if (!h.low) return {0, total};  // fewer than k: `exclude` holds an entry twice
+      if (!h.low) return {0, total};  // fewer than k in all, which the caller has ruled out
       int shift = 0;
       while ((h.low + (uint64_t(1) << shift) - 1) >> shift > uint64_t(kMostBins)) ++shift;
       h = {0, shift, int((h.low + (uint64_t(1) << shift) - 1) >> shift)};

@@ -134,6 +134,7 @@ void step_values(const Step& f, const StepSegment& s, int64_t begin, int64_t end
   const Update update = choose_update(f.method, s);
   alignas(kCacheLine) float values[kStepChunk];
   alignas(kCacheLine) T rounded[kStepChunk];
+  if (s.value) ask_for<T>(s.at, s.weight, begin, lesser(kStepAhead, end - begin));
   for (; begin < end; begin += kStepChunk) {
     const int64_t count = lesser(kStepChunk, end - begin);
     if (s.value) {

@@ -312,8 +312,7 @@ inline void grad_of_few_elements(const MaskedWeightGrad& f, const int64_t* begin
 
 // Up to which density dot products win over whole tiles, as measured (ops/masked.md).
 inline double few_density(int32_t dtype) {
-  if (FT_BF16_DOT && dtype == FT_BFLOAT16) return 0.08;
-  return kLanes == 16 ? 0.2 : 0.25;
+  return FT_BF16_DOT && dtype == FT_BFLOAT16 ? 0.1 : 0.25;
 }
 
 inline void grad_of_elements(const MaskedWeightGrad& f) {

@@ -24,7 +24,7 @@ def refuse_index(op: str, error: RuntimeError, argument: str = "index") -> NoRet
     """The ValueError for offsets that only the library has read; any other failing status is a
     bug, and raised as it is."""
     message = str(error).partition(": ")[2]
-    if message.startswith(argument):
+    if message.startswith(("index", argument)):
         reject(op, argument, "ascending offsets on the grid of its rectangles", message)
     raise error
 

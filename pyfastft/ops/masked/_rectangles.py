@@ -64,17 +64,19 @@ def offsets_of(index: torch.Tensor, rows: int, columns: int, k: int) -> torch.Te
     return (first + down + across).reshape(-1)
 
 
-def check_index(op: str, index: torch.Tensor, rows: int, columns: int, n: int, k: int) -> None:
+def check_index(
+    op: str, index: torch.Tensor, rows: int, columns: int, n: int, k: int, arg: str = "index"
+) -> None:
     """ValueError unless the offsets ascend and all rectangles lie on their grid within (N, K)."""
     if not index.numel():
         return
     first = index.long()
     if bool((first[1:] <= first[:-1]).any()):
-        reject(op, "index", "ascending offsets", "an offset that is not above the one before")
+        reject(op, arg, "ascending offsets", "an offset that is not above the one before")
     if int(first[0]) < 0 or int(first[-1]) >= n * k:
         got = f"offsets from {int(first[0])} to {int(first[-1])}"
-        reject(op, "index", f"offsets within {n * k} elements", got)
+        reject(op, arg, f"offsets within {n * k} elements", got)
     off = (first // k % rows != 0) | (first % k % columns != 0)
     if bool(off.any()):
         got = f"offset {int(first[off][0])}"
-        reject(op, "index", f"offsets on the grid of {rows} x {columns}", got)
+        reject(op, arg, f"offsets on the grid of {rows} x {columns}", got)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from pyfastft._op import implement
-from pyfastft.ops.masked._rectangles import matrix_of
+from pyfastft.ops.masked._rectangles import check_index, matrix_of
 from pyfastft.reference._dropout import philox4x32
 
 
@@ -55,6 +55,7 @@ def select_topk(
     every = torch.cat(scores)
     allowed = torch.ones(first, dtype=torch.bool, device=every.device)
     for i, left_out in enumerate(exclude):
+        check_index("select_topk", left_out, 1, 1, 1, tensors[i].numel(), "exclude")
         allowed[ends[i] - tensors[i].numel() + left_out.long()] = False
     positions = allowed.nonzero()[:, 0]
     own = every[positions]
