@@ -180,7 +180,9 @@ def test_a_gradient_of_stochastic_rounding_moves_a_half_precision_weight() -> No
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.more)]
+)
 def test_frozen_weights_keep_their_bits(name: str, dtype: torch.dtype) -> None:
     """200 steps with decay, momentum, accumulation, clipping and autocast."""
     torch.manual_seed(5)
