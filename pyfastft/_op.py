@@ -123,6 +123,7 @@ class Op:
     parameters: tuple[str, ...]
     mutates: bool
     lists: bool  # takes or returns lists of tensors
+    mutated: tuple[int, ...] = ()  # which arguments it writes into
     overload: Any = None
     derivative: Any = None  # its autograd.Function
     eager: Any = None  # the same for the eager short way, which lists of tensors cannot take
@@ -145,7 +146,17 @@ class Op:
             launch(*args)
         else:
             launch(outputs, *args)
+        if self.mutates:
+            # What autograd saved of them before must not pass for unchanged.
+            torch.autograd.graph.increment_version(self.written(args))
         return outputs
+
+    def written(self, args: tuple[Any, ...]) -> list[torch.Tensor]:
+        """The tensors among the arguments that the op writes into."""
+        tensors: list[torch.Tensor] = []
+        for one in (args[position] for position in self.mutated):
+            tensors += one if isinstance(one, list | tuple) else (one,)
+        return tensors
 
     def impl(self, backend: str) -> Impl | str:
         """The backend's implementation, or the reason why there is none on this machine."""
@@ -253,6 +264,11 @@ def define(schema: str, *, autocast: Collection[str] = ()) -> Callable[[Callable
         for key in _KEYS:
             _LIBRARY.impl(name, op.run, key)
         op.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        op.mutated = tuple(
+            position
+            for position, argument in enumerate(op.overload._schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        )
         if autocast:
             for device in ("cpu", "cuda"):
                 key = f"Autocast{device.upper()}"

@@ -19,6 +19,7 @@
 #include "fastft/api.h"
 #include "fastft/dtype.h"
 #include "fastft/philox.h"
+#include "fastft/rounding.h"
 
 // A vector crosses only functions that are inlined, so its calling convention does not matter.
 #pragma GCC diagnostic push
