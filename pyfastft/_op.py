@@ -124,6 +124,7 @@ class Op:
     mutates: bool
     lists: bool  # takes or returns lists of tensors
     allocate: Callable[..., Any] | None = None  # the contract's outputs, without its checks
+    mutated: tuple[int, ...] = ()  # which arguments it writes into
     overload: Any = None
     derivative: Any = None  # its autograd.Function
     eager: Any = None  # the same for the eager short way, which lists of tensors cannot take
@@ -160,7 +161,17 @@ class Op:
             launch(*args)
         else:
             launch(outputs, *args)
+        if self.mutates:
+            # What autograd saved of them before must not pass for unchanged.
+            torch.autograd.graph.increment_version(self.written(args))
         return outputs
+
+    def written(self, args: tuple[Any, ...]) -> list[torch.Tensor]:
+        """The tensors among the arguments that the op writes into."""
+        tensors: list[torch.Tensor] = []
+        for one in (args[position] for position in self.mutated):
+            tensors += one if isinstance(one, list | tuple) else (one,)
+        return tensors
 
     def impl(self, backend: str) -> Impl | str:
         """The backend's implementation, or the reason why there is none on this machine."""
@@ -240,7 +251,11 @@ def _device_of(args: tuple[Any, ...]) -> str:
     raise TypeError("expected a tensor among the arguments, got none")
 
 
-REGISTRY: dict[str, Op] = {}
+# Families that are not finished: users import their modules by themselves, and what enumerates the
+# registry passes them by.
+UNEXPORTED = ("masked",)
+OPS: dict[str, Op] = {}  # every op that was defined, by name
+REGISTRY: dict[str, Op] = {}  # those of exported families
 _fallbacks_told: set[tuple[str, tuple[str, ...]]] = set()
 
 
@@ -273,12 +288,19 @@ def define(
         for key in _KEYS:
             _LIBRARY.impl(name, op.run, key)
         op.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        op.mutated = tuple(
+            position
+            for position, argument in enumerate(op.overload._schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        )
         if autocast:
             for device in ("cpu", "cuda"):
                 key = f"Autocast{device.upper()}"
                 _LIBRARY.impl(name, _autocast(op, device, frozenset(autocast)), key)
         op.__doc__ = contract.__doc__
-        REGISTRY[name] = op
+        OPS[name] = op
+        if op.family not in UNEXPORTED:
+            REGISTRY[name] = op
         return op
 
     return decorate
@@ -323,7 +345,7 @@ def implement(
     """
 
     def decorate(launch: _Launch) -> _Launch:
-        REGISTRY[name].impls[backend] = Impl(launch, unsupported, engine)
+        OPS[name].impls[backend] = Impl(launch, unsupported, engine)
         return launch
 
     return decorate
@@ -340,7 +362,7 @@ def differentiable(name: str) -> Callable[[_Class], _Class]:
     """
 
     def decorate(function: _Class) -> _Class:
-        op = REGISTRY[name]
+        op = OPS[name]
         torch.library.register_autograd(
             f"{NAMESPACE}::{name}",
             function.backward,  # type: ignore[attr-defined]
@@ -403,9 +425,9 @@ def explain(op: str | Op | Callable[..., Any], *args: Any, **kwargs: Any) -> Exp
         KeyError: there is no op of that name.
     """
     name = op if isinstance(op, str) else getattr(op, "name", None) or getattr(op, "__name__", "")
-    if name not in REGISTRY:
+    if name not in OPS:
         raise KeyError(f"explain: expected an op of {', '.join(sorted(REGISTRY))}, got {name!r}")
-    return REGISTRY[name].explain(*args, **kwargs)
+    return OPS[name].explain(*args, **kwargs)
 
 
 # -- the eager short way ---------------------------------------------------------------------------

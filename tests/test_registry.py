@@ -41,8 +41,13 @@ def device_of(name: str) -> torch.device:
 
 
 def run(op: Op, name: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+    """The outputs; of an op that mutates, what it wrote into copies of its arguments."""
     with backend(name):
-        return flat(op(*args))
+        if not op.mutates:
+            return flat(op(*args))
+        args = copy.deepcopy(args)
+        op(*args)
+        return tuple(op.written(args))
 
 
 def mapped(function: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -82,10 +87,11 @@ def test_truth(name: str, precision: Precision, sample: Sample) -> None:
     gradient = sample.op.endswith("_backward")
     for i, (a, t, n) in enumerate(zip(actual, truth, naive, strict=True)):
         assert a.is_contiguous()
-        if not t.is_floating_point():
-            assert_exact(a, t, f"output {i} of {sample}")
-            continue
-        assert_accurate(a, t, n, gradient=gradient, what=f"output {i} of {sample}")
+        if t.is_floating_point():
+            assert_accurate(a, t, n, gradient=gradient, what=f"output {i} of {sample}")
+        elif not torch.equal(a, t):
+            # A choice among numbers that round to the same is the naive one's, not the truth's.
+            assert_exact(a, n, f"output {i} of {sample}")
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -255,9 +261,13 @@ def test_compiles_whole_with_dynamic_shapes(name: str, sample: Sample) -> None:
 
 @pytest.mark.parametrize("op", REGISTRY.values(), ids=lambda op: op.name)
 def test_autocast_casts_what_the_op_names(op: Op) -> None:
+    if op.mutates:
+        pytest.skip("writes into its arguments as they are")
     args = next(samples(op.name)).build(FLOAT32, CPU)
     with torch.autocast("cpu", torch.bfloat16):
-        output = next(o for o in flat(op(*args)) if o.is_floating_point())
+        output = next((o for o in flat(op(*args)) if o.is_floating_point()), None)
+    if output is None:
+        pytest.skip("gives integers")
     casts = "AutocastCPU" in torch._C._dispatch_dump(f"pyfastft::{op.name}")
     assert output.dtype == (torch.bfloat16 if casts else torch.float32)
 

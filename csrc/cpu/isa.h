@@ -21,6 +21,7 @@
 #include "fastft/codebook.h"
 #include "fastft/dtype.h"
 #include "fastft/philox.h"
+#include "fastft/rounding.h"
 
 // A vector crosses only functions that are inlined, so its calling convention does not matter.
 #pragma GCC diagnostic push

@@ -16,6 +16,8 @@ import torch
 import pyfastft as ft
 from pyfastft import _native
 from pyfastft.native.lora._layers import ADAPTER, LAYER
+from pyfastft.native.masked.select import SCORED
+from pyfastft.native.masked.step import SEGMENT
 
 CSRC = Path(__file__).parents[2] / "csrc"
 API = (CSRC / "include/fastft/api.h").read_text()
@@ -99,7 +101,13 @@ def test_dtype_codes_are_the_headers() -> None:
 
 
 def test_structs_have_the_fields_of_their_declarations() -> None:
-    for name, fields in (("ft_lora_layer", LAYER), ("ft_lora_adapter", ADAPTER)):
+    structs = {
+        "ft_lora_layer": LAYER,
+        "ft_lora_adapter": ADAPTER,
+        "ft_masked_segment": SEGMENT,
+        "ft_masked_scored": SCORED,
+    }
+    for name, fields in structs.items():
         body = re.search(rf"struct {name} {{(.*?)}};", without_comments(API), re.DOTALL).group(1)
         assert tuple(re.findall(r"(\w+)\s*[,;]", body)) == fields
 
@@ -136,12 +144,13 @@ def test_a_wrong_call_enters_no_kernel(name: str) -> None:
     for missing in good:
         with pytest.raises(TypeError):
             function(**{k: v for k, v in good.items() if k != missing})
+    last = list(good)[-1]  # 32 bits: threads, or what comes last
     with pytest.raises(TypeError):
-        function(**{**good, "threads": "many"})
+        function(**{**good, last: "many"})
     with pytest.raises(OverflowError):
-        function(**{**good, "threads": 2**70})
+        function(**{**good, last: 2**70})
     with pytest.raises(OverflowError):
-        function(**{**good, "dtype": 2**31})
+        function(**{**good, last: 2**31})
 
 
 @pytest.mark.parametrize("name", ["lora_linear", "lora_linear_backward"])

@@ -240,6 +240,76 @@ FT_API int ft_cpu_hqq_quantize(uint8_t* codes, void* scale, void* zero, const vo
                                const float* options, int64_t n, int64_t k, int64_t group_size,
                                int64_t weight_stride_n, int32_t round_zero, int32_t iterations,
                                int32_t dtype, int32_t scale_dtype, int32_t threads);
+// ---- masked --------------------------------------------------------------------------------
+// The trained part of a weight (N, K) is `count` equal rectangles of rows x columns, given by the
+// flat offsets of their first elements: index, ascending, int32 or int64 by index_bytes. Their size
+// divides N and K, and they lie on its grid. stride is K, size N * K. Values stand rectangle by
+// rectangle, each row after row. Every function fails, before it writes, where an index does not
+// ascend, lies outside, or is off the grid.
+
+// A weight's trained part in a step; each field as described there.
+struct ft_masked_segment {
+  void* weight;
+  float *value, *first, *second;
+  const float* grad;
+  const void* index;
+  int64_t count, rows, columns, stride, size, dtype, index_bytes;
+};
+
+// The numbers of a segment's hyperparameters: lr, weight_decay, the step's number from 1 on, the
+// gradient's sign, and AdamW: beta1, beta2, eps; SGD: momentum, dampening, nesterov; Lion: beta1,
+// beta2, 0.
+constexpr int64_t FT_STEP_HYPERS = 7;
+
+// One optimizer step of method 0 AdamW, 1 SGD, 2 Lion on `count` segments in one launch.
+// [in, out] weight, value (float, the master; null: the weight holds the values), first and second
+// (float: moments, or SGD's momentum or null); [in] grad (float), hypers (count, FT_STEP_HYPERS),
+// rng: int64 (seed, offset): weights are rounded stochastically, or null: to nearest.
+FT_API int ft_cpu_masked_step(const ft_masked_segment* segments, const double* hypers,
+                              const int64_t* rng, int64_t count, int32_t method, int32_t threads);
+
+// A tensor to select entries of; exclude: ascending flat offsets that are left out, or none.
+struct ft_masked_scored {
+  const void *a, *b, *exclude;
+  int64_t size, columns, excluded, exclude_bytes, dtype;
+};
+
+// The k entries of the largest (or smallest) scores of all tensors, exactly; of equal scores the
+// first, NaN last. score: 0 |a|, 1 a^2, 2 a, 3 |a b|, 4 -a b, 5 |a - b|, 6 |a| b with b one float
+// per column, 7 random by position. [out] index (k): ascending positions in all tensors, one after
+// the other, counts (count): how many in each; [in] rng: int64 (seed, offset), of a random score.
+FT_API int ft_cpu_select_topk(int64_t* index, int64_t* counts, const ft_masked_scored* tensors,
+                              const int64_t* rng, int64_t count, int64_t k, int32_t score,
+                              int32_t largest, int32_t threads);
+
+// values = (grad^T x) at the rectangles, accumulated in float32. [out] values (count * rows *
+// columns) float; [in] grad (m, n), x (m, k).
+FT_API int ft_cpu_masked_weight_grad(float* values, const void* grad, const void* x,
+                                     const void* index, int64_t m, int64_t n, int64_t k,
+                                     int64_t grad_stride_m, int64_t grad_stride_n,
+                                     int64_t x_stride_m, int64_t x_stride_k, int64_t count,
+                                     int64_t rows, int64_t columns, int32_t index_bytes,
+                                     int32_t dtype, int32_t threads);
+
+// [out] values: the weight's entries at the rectangles, bit for bit.
+FT_API int ft_cpu_masked_gather(void* values, const void* weight, const void* index, int64_t count,
+                                int64_t rows, int64_t columns, int64_t stride, int64_t size,
+                                int32_t index_bytes, int32_t dtype, int32_t threads);
+// weight = values at the rectangles, or weight += alpha * values in float32, rounded once; values
+// of the weight's dtype or float. [in, out] weight; [in] alpha: one float, or null.
+FT_API int ft_cpu_masked_scatter(void* weight, const void* values, const void* index,
+                                 const float* alpha, int64_t count, int64_t rows, int64_t columns,
+                                 int64_t stride, int64_t size, int32_t index_bytes,
+                                 int32_t values_dtype, int32_t dtype, int32_t threads);
+
+// The entries `kept` of an index and those grown, merged, and where each came from: its place in
+// the index, or -1. [out] merged, source (kept_count + grown_count); [in] index (count),
+// kept (kept_count): ascending places, grown (grown_count): ascending, none of those kept.
+FT_API int ft_cpu_masked_merge(void* merged, int64_t* source, const void* index,
+                               const int64_t* kept, const void* grown, int64_t count,
+                               int64_t kept_count, int64_t grown_count, int32_t index_bytes);
+
+// ---- lora on a GPU -------------------------------------------------------------------------
 
 // The five stages around torch's GEMM on a GPU; scaling, rng and workspaces are device pointers.
 // x and grad have a row stride and unit column stride. All reductions have a fixed order.

@@ -1,0 +1,22 @@
+"""The trained parts of weights, each one object, and how they are chosen and changed."""
+
+from pyfastft.sparsity.changes import regrow, restored
+from pyfastft.sparsity.layouts import blocks, columns, elements, hashed, heads, nonzero, rows, whole
+from pyfastft.sparsity.selection import select
+from pyfastft.sparsity.set import SparseSet, pack
+
+__all__ = [
+    "SparseSet",
+    "blocks",
+    "columns",
+    "elements",
+    "hashed",
+    "heads",
+    "nonzero",
+    "pack",
+    "regrow",
+    "restored",
+    "rows",
+    "select",
+    "whole",
+]
