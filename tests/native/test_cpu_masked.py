@@ -157,6 +157,7 @@ def work() -> list[tuple[str, tuple[Any, ...]]]:
     return calls
 
 
+@pytest.mark.more
 def test_threads_change_no_bit() -> None:
     for position in range(len(work())):
         results = []

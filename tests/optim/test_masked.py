@@ -179,10 +179,9 @@ def test_a_gradient_of_stochastic_rounding_moves_a_half_precision_weight() -> No
     assert 0.8 * expected < moved[True] < 1.2 * expected
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.more)]
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_frozen_weights_keep_their_bits(name: str, dtype: torch.dtype) -> None:
     """200 steps with decay, momentum, accumulation, clipping and autocast."""
     torch.manual_seed(5)
