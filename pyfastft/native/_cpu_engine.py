@@ -71,13 +71,8 @@ def choose(
         return _DETERMINISTIC
     if weight is None or any(one is not None for one in packed):
         return _PACKED
-    problem = Problem(
-        direction,
-        wide.shape[:-1].numel(),
-        *weight.shape,
-        name_of(wide.dtype),
-        torch.get_num_threads(),
-    )
+    m, (n, k) = wide.shape[:-1].numel(), weight.shape
+    problem = Problem(direction, m, n, k, name_of(wide.dtype), torch.get_num_threads())
     return plan(problem, cpu_name())
 
 

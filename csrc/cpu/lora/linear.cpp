@@ -203,11 +203,10 @@ int ft_cpu_lora_linear_backward(void* dx, void* dweight, void* dlora_a, void* dl
   adapter.rows = m;
   adapter.gate_stride_m = gate_stride_m;
   adapter.threshold = threshold;
-  return run(
-      "cpu_lora_linear_backward", Direction::kBackward,
-      make_call(&layer, 1, 1, dx, x, m, k, x_stride_m, x_stride_k, dtype, adapter_dtype, threads,
-                accumulate != 0),
-      &adapter, rng);
+  return run("cpu_lora_linear_backward", Direction::kBackward,
+             make_call(&layer, 1, 1, dx, x, m, k, x_stride_m, x_stride_k, dtype, adapter_dtype,
+                       threads, accumulate != 0),
+             &adapter, rng);
 }
 
 int ft_cpu_lora_projections(const ft_lora_layer* layers, const ft_lora_adapter* adapters,
