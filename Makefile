@@ -19,7 +19,7 @@ GPU_ARCHS ?= 90a-real
 GPU_WHEELS ?=
 RESULTS_DIR ?= gpu-results
 
-.PHONY: help $(VENV) demo test test-more bench lint clean
+.PHONY: help $(VENV) demo test test-more bench cpu-tune lint clean
 .PHONY: gpu-build gpu-test gpu-sanitize gpu-bench gpu-tune
 
 help:  ## this list
@@ -56,6 +56,9 @@ test-more: $(VENV)/.built $(VENV)/.peft-suite  ## the heavier tests
 
 bench: $(VENV)/.built  ## measure against the peers
 	@$(BIN)/python -m pyfastft bench
+
+cpu-tune: $(VENV)/.built  ## measure where torch's GEMM is the faster one; PYFASTFT_DETERMINISTIC=0 uses it
+	@$(BIN)/python -m pyfastft.benchmarks.tune --family lora --device cpu
 
 lint: $(VENV)/.built  ## ruff, mypy and clang-format
 	@$(BIN)/ruff check --quiet

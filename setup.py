@@ -156,6 +156,7 @@ setup(
     },
     package_data={
         "pyfastft": ["py.typed"],
+        "pyfastft.native": ["*.json"],
         "pyfastft.triton_kernels": ["*.json"],
         "pyfastft.benchmarks": ["*.c", "bars.toml", "results/**/*"],
     },

@@ -234,12 +234,18 @@ def cells(findings: Sequence[Finding]) -> list[list[str]]:
     return lines
 
 
+# Numbers beside a bar's own in the table; ``bars.json`` has all.
+_MOST_BESIDE = 4
+
+
 def _measured(bar: Bar, record: Mapping[str, Any] | None) -> str:
     numbers = dict(record["numbers"]) if record else {}
     if bar.key not in numbers:
         return "-"
     shown = f"{_number(numbers.pop(bar.key))} {bar.unit}"
-    beside = ", ".join(f"{name} {_number(number)}" for name, number in numbers.items())
+    beside = ", ".join(
+        f"{name} {_number(number)}" for name, number in list(numbers.items())[:_MOST_BESIDE]
+    )
     return f"{shown} ({beside})" if beside else shown
 
 

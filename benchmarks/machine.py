@@ -15,6 +15,7 @@ import torch
 
 import pyfastft
 from pyfastft import _native
+from pyfastft.native._cpu_engine import cpu_name
 
 _BUSY_SHARE = 0.5  # of the cores, in runnable processes
 PACKAGES = ("torch", "triton", "peft", "transformers", "numpy")
@@ -30,18 +31,14 @@ def slug(device: torch.device) -> str:
     """The machine's name as a folder: its GPU, or its CPU and the number of cores."""
     if device.type == "cuda":
         return _slug(torch.cuda.get_device_name(device))
-    cpu = _cpu()
-    # A virtual machine may hide the model's name; family and model then tell machines apart.
-    exact = "" if re.search(r"\d", cpu["name"]) else f" {cpu['family']}-{cpu['model']}"
-    return _slug(f"{cpu['name']}{exact} {os.cpu_count()} cores")
+    return _slug(f"{cpu_name()} {os.cpu_count()} cores")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
     """What a result records of its machine."""
-    cpu = _cpu()
     described: dict[str, Any] = {
         "name": slug(device),
-        "cpu": cpu["name"],
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": _isa(),
@@ -98,18 +95,6 @@ def _isa() -> str | None:
     if _native.why_no_cpu():
         return None
     return _native.ISA_LEVELS[_native.cpu().isa()[1]]
-
-
-def _cpu() -> dict[str, str]:
-    fields: dict[str, str] = {}
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            key, _, value = line.partition(":")
-            fields.setdefault(key.strip(), value.strip())
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    name = re.sub(r"\((R|TM|r|tm)\)| CPU| Processor| with.*|@.*", "", name).strip()
-    return {"name": name, "family": fields.get("cpu family", ""), "model": fields.get("model", "")}
 
 
 def _slug(text: str) -> str:

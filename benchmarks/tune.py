@@ -1,12 +1,12 @@
 """``make gpu-tune FAMILY=lora``: measure the engines of an op beside each other on this GPU, and
-write down which one each problem runs best on.
+write down which one each problem runs best on; ``make cpu-tune`` the same of lora's on this CPU.
 
-    python -m pyfastft.benchmarks.tune --family lora
+    python -m pyfastft.benchmarks.tune --family lora --device cuda
 
 Every engine that can compute a problem, with every tile it may have, is held to the float64
-reference, then all take turns. The tables are read by ``triton_kernels/_engine.py`` and
-``_int4_engine.py``; rows of other devices stay as they are. Commit them: from then on users of this
-GPU get what was measured.
+reference, then all take turns. The tables are read by ``triton_kernels/_engine.py``,
+``_int4_engine.py`` and ``native/_cpu_engine.py``; rows of other devices stay as they are. Commit
+them: from then on users of this device get what was measured.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,23 +26,31 @@ from tqdm import tqdm
 from pyfastft._op import REGISTRY, Op, backend
 from pyfastft.benchmarks import machine
 from pyfastft.benchmarks.measure import operand_sets
-from pyfastft.benchmarks.timer import Candidate, Clock, CudaClock, interleave, summarise
-from pyfastft.native import _torch_gemm
+from pyfastft.benchmarks.timer import (
+    Candidate,
+    Clock,
+    CudaClock,
+    WallClock,
+    interleave,
+    summarise,
+)
+from pyfastft.native import _cpu_engine, _torch_gemm
 from pyfastft.testing.samples import upcast
 from pyfastft.testing.tolerance import assert_accurate
 from pyfastft.triton_kernels import _engine, _int4_engine
 from pyfastft.triton_kernels._common import device_of
 
-Problem = _engine.Problem | _int4_engine.Problem
+Problem = _engine.Problem | _int4_engine.Problem | _cpu_engine.Problem
 Tiles = _engine.Tiles | _int4_engine.Tiles
 
-# An engine other than the first, which is torch's GEMM, has to be faster by this share: a tie is
-# not worth a kernel.
+# An engine other than the first, the usual one, has to be faster by this share: a tie is not worth
+# a kernel, nor bits that depend on the number of threads.
 MARGIN = 0.02
 _P = 0.1
 _ENGINES: dict[type, ModuleType] = {
     _engine.Problem: _engine,
     _int4_engine.Problem: _int4_engine,
+    _cpu_engine.Problem: _cpu_engine,
 }
 
 _TOKENS = (1, 4, 16, 64, 512, 2048, 8192)
@@ -61,22 +69,36 @@ _INT4_FORMATS = (
     ("float16", 128, "none", False),
     ("float16", 128, "uint8", False),
 )
-# Each speaks for sizes up to twice and down to half its own, so these cover what lies between.
-PROBLEMS: dict[str, tuple[Problem, ...]] = {
-    "lora": tuple(
+_CPU_TOKENS = (1, 4, 16, 64, 512, 2048)
+_CPU_LAYERS = ((1536, 384), (384, 1536), (1024, 1024), (4096, 1024), (1024, 4096), (4096, 4096))
+_CPU_RANK = 16
+# By family and device. Each speaks for sizes up to twice and down to half its own, so these cover
+# what lies between.
+PROBLEMS: dict[tuple[str, str], tuple[Problem, ...]] = {
+    ("lora", "cuda"): tuple(
         _engine.Problem(direction, m, n, k, r, dtype, adapter, dropout, aligned=True)
         for (dtype, adapter), direction, dropout, (n, k), m, r in itertools.product(
             _DTYPES, ("forward", "backward"), (False, True), _LAYERS, _TOKENS, (16, 64)
         )
     ),
-    "ptq4": tuple(
+    ("lora", "cpu"): tuple(
+        _cpu_engine.Problem(direction, m, n, k, dtype, torch.get_num_threads())
+        for dtype, (n, k), m, direction in itertools.product(
+            ("float32", "bfloat16"), _CPU_LAYERS, _CPU_TOKENS, ("forward", "backward")
+        )
+    ),
+    ("ptq4", "cuda"): tuple(
         _int4_engine.Problem(m, n, k, group, dtype, zero, table, aligned=True)
         for (dtype, group, zero, table), (n, k), m in itertools.product(
             _INT4_FORMATS, _LAYERS, _INT4_TOKENS
         )
     ),
 }
-TABLES = {"lora": _engine.TABLE, "ptq4": _int4_engine.TABLE}
+TABLES = {
+    ("lora", "cuda"): _engine.TABLE,
+    ("lora", "cpu"): _cpu_engine.TABLE,
+    ("ptq4", "cuda"): _int4_engine.TABLE,
+}
 
 
 def _op_of(problem: Problem) -> Op:
@@ -89,8 +111,11 @@ def arguments(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     """Random arguments of the op that computes a problem; the base is frozen."""
     if isinstance(problem, _int4_engine.Problem):
         return _int4_arguments(problem, device)
-    m, n, k, r = problem.m, problem.n, problem.k, problem.r
-    dtype, adapter = getattr(torch, problem.dtype), getattr(torch, problem.adapter)
+    m, n, k = problem.m, problem.n, problem.k
+    dtype = adapter = getattr(torch, problem.dtype)
+    r, dropout = _CPU_RANK, False
+    if isinstance(problem, _engine.Problem):
+        r, dropout, adapter = problem.r, problem.dropout, getattr(torch, problem.adapter)
 
     def normal(*shape: int, dtype: torch.dtype, std: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape, device=device) * std).to(dtype)
@@ -98,7 +123,7 @@ def arguments(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     x, weight = normal(m, k, dtype=dtype), normal(n, k, dtype=dtype, std=k**-0.5)
     a, b = normal(r, k, dtype=adapter, std=k**-0.5), normal(n, r, dtype=adapter, std=r**-0.5)
     scaling = torch.full((), 2.0, device=device)
-    p = _P if problem.dropout else 0.0
+    p = _P if dropout else 0.0
     rng = torch.tensor([1, 2], device=device)
     if problem.direction == "forward":
         return x, weight, a, b, None, scaling, p, rng, None, None, None
@@ -125,7 +150,7 @@ def contenders(
     problem: Problem, capability: tuple[int, int]
 ) -> dict[str, tuple[str, Tiles | None]]:
     """Engines and tiles that can compute a problem on a device of that compute capability, by the
-    name under which a row has their time; torch's GEMM first."""
+    name under which a row has their time; the usual engine first."""
     engines = _ENGINES[type(problem)]
     found: dict[str, tuple[str, Tiles | None]] = {}
     for engine in engines.ENGINES:
@@ -181,7 +206,8 @@ def tune(
     sets += [arguments(problem, device) for _ in range(operand_sets(footprint, device) - 1)]
     running: dict[str, Candidate] = {}
     left_out = []
-    entrants = contenders(problem, device_of(first[0]).capability)
+    on_cpu = isinstance(problem, _cpu_engine.Problem)
+    entrants = contenders(problem, (0, 0) if on_cpu else device_of(first[0]).capability)
     for name, (engine, tiles) in entrants.items():
 
         def step(args: tuple[Any, ...], engine: str = engine, tiles: Tiles | None = tiles) -> None:
@@ -231,23 +257,25 @@ def write(rows: Sequence[dict[str, Any]], device: str, path: Path) -> None:
 
 
 def run(
-    problems: Iterable[Problem],
+    problems: Sequence[Problem],
     device: torch.device,
     *,
     clock: Clock,
     budget_s: float,
     output: Path,
+    progress: bool = False,
 ) -> list[str]:
     """Tune every problem and write the table after each; what was left out and why.
 
     A run that was interrupted resumes: what the table has from this revision is not measured again.
     """
-    name = _torch_gemm.device_name(device)
+    of_cpu = isinstance(problems[0], _cpu_engine.Problem)
+    name = _cpu_engine.cpu_name() if of_cpu else _torch_gemm.device_name(device)
     before = json.loads(output.read_text()).get(name) if output.is_file() else None
     same = before is not None and before["provenance"]["git_sha"] == machine.revision()["git_sha"]
     rows = list(before["rows"]) if before is not None and same else []
     left_out = []
-    for problem in problems:
+    for problem in tqdm(problems, desc=name, disable=not progress):
         if any(all(row[key] == value for key, value in _sizes(problem).items()) for row in rows):
             continue
         row, absent = tune(problem, device, clock=clock, budget_s=budget_s)
@@ -258,22 +286,28 @@ def run(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; exit code 2 without a GPU, 1 where something was not accurate."""
+    """The command; exit code 2 without the device, 1 where something was not accurate."""
     parser = argparse.ArgumentParser(prog="pyfastft.benchmarks.tune", description=__doc__)
-    parser.add_argument("--family", choices=tuple(PROBLEMS), required=True)
+    parser.add_argument("--family", choices=("lora", "ptq4"), required=True)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--budget", type=float, default=0.3, help="seconds of rounds per problem")
     parser.add_argument("--output", type=Path, help="the table to write, if not the family's")
     args = parser.parse_args(argv)
-    output = args.output or TABLES[args.family]
-    if not torch.cuda.is_available():
+    of = args.family, args.device
+    if of not in PROBLEMS:
+        print(f"tune: {args.family} has one engine on {args.device}", file=sys.stderr)
+        return 2
+    if args.device == "cuda" and not torch.cuda.is_available():
         print("tune: torch sees no CUDA device", file=sys.stderr)
         return 2
+    output = args.output or TABLES[of]
     left_out = run(
-        tqdm(PROBLEMS[args.family], desc=args.family, disable=not sys.stderr.isatty()),
-        torch.device("cuda", torch.cuda.current_device()),
-        clock=CudaClock(),
+        PROBLEMS[of],
+        torch.device(args.device),
+        clock=CudaClock() if args.device == "cuda" else WallClock(),
         budget_s=args.budget,
         output=output,
+        progress=sys.stderr.isatty(),
     )
     for line in left_out:
         print(f"left out: {line}")

@@ -58,6 +58,12 @@ VARIABLES = (
         "compute int4_linear on a GPU with panels, gemv, mma or product; auto goes by measurement",
     ),
     Variable(
+        "PYFASTFT_DETERMINISTIC",
+        "run",
+        "1",
+        "0 lets lora_linear on a CPU take torch's GEMM where that was measured to be faster",
+    ),
+    Variable(
         "TRITON_INTERPRET",
         "run",
         "0",

@@ -80,7 +80,8 @@ DEQUANTIZE_TILE = Tiles(block_n=16, block_m=0, block_k=128, num_warps=4, num_sta
 # spilled there is not here. A product's sums stand in registers twice, of a group and of all;
 # beside them 128 deep tiles of W had no room on sm_80 with zero-points (up to 256 bytes of stack),
 # nor 128 x 128 anywhere. Numbers of a table are loaded ahead through shared memory, and their
-# addresses take registers, too. float32 has its operands in registers.
+# addresses take registers, too. float32 has its operands in registers: twice as many elements to a
+# thread, 64 x 32 here or 32 x 32 of four warps, took all 255 and up to 64 bytes of stack.
 PRODUCT_TILES: dict[str, tuple[Tiles, ...]] = {
     "codes": (
         Tiles(128, 64, 64, 8, 3),
@@ -95,10 +96,10 @@ PRODUCT_TILES: dict[str, tuple[Tiles, ...]] = {
         Tiles(64, 32, 64, 4, 4),
         Tiles(128, 128, 64, 8, 3, wide=True),
     ),
-    "float32": (Tiles(64, 32, 32, 8, 2),),
+    "float32": (Tiles(32, 32, 32, 8, 2),),
 }
 # Where Triton loads each element by itself.
-UNALIGNED_TILES = Tiles(32, 32, 32, 4, 2)
+UNALIGNED_TILES = Tiles(32, 32, 32, 8, 2)
 SMALLEST_BLOCK_K = 32
 
 # What the CUDA kernels can take; csrc/cuda/ptq4_gemv.cu and ptq4_mma.cu.

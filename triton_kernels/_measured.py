@@ -1,8 +1,8 @@
-"""What has been measured on a GPU, as the engines' plans read it.
+"""What has been measured on a device, as the engines' plans read it.
 
 A table is a JSON file, ``{device name: {"provenance": ..., "rows": [...]}}``, written by
-``make gpu-tune``. A row has the sizes of a problem, the engine that was fastest on it, and its
-tiles.
+``make gpu-tune`` and ``make cpu-tune``. A row has the sizes of a problem, the engine that was
+fastest on it, and its tiles.
 """
 
 from __future__ import annotations

@@ -90,7 +90,8 @@ _native.cpu().lora_linear(
     lora_a=a.data_ptr(), lora_b=b.data_ptr(), bias=0, scaling=scaling.data_ptr(),
     rng=rng.data_ptr(), gate=0, packed=0, packed_dx=0, m=8 + {surplus}, n=32, k=64, r=2,
     x_stride_m=64, x_stride_k=1, weight_stride_n=64, weight_stride_k=1, gate_stride_m=0,
-    packed_bytes=0, packed_dx_bytes=0, threshold=0, dtype=0, adapter_dtype=0, threads=1,
+    packed_bytes=0, packed_dx_bytes=0, threshold=0, dtype=0, adapter_dtype=0, accumulate=0,
+    threads=1,
 )
 print("computed", y[0, 0].item())
 """

@@ -148,7 +148,7 @@ def test_an_interrupted_run_resumes_and_other_devices_stay(
     ("family", "engines"), [("lora", {"gemm", "fused"}), ("ptq4", {"panels", "product"})]
 )
 def test_every_problem_that_is_tuned_has_contenders(family: str, engines: set[str]) -> None:
-    problems = tune.PROBLEMS[family]
+    problems = tune.PROBLEMS[family, "cuda"]
     assert len(set(problems)) == len(problems)
     for problem in problems:
         found = tune.contenders(problem, (9, 0))

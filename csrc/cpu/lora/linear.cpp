@@ -105,7 +105,8 @@ int run(const char* name, Direction direction, LoraCall call, const ft_lora_adap
 
 LoraCall make_call(const ft_lora_layer* layers, int64_t layer_count, int64_t adapter_count,
                    void* dx, const void* x, int64_t m, int64_t k, int64_t x_stride_m,
-                   int64_t x_stride_k, int32_t dtype, int32_t adapter_dtype, int32_t threads) {
+                   int64_t x_stride_k, int32_t dtype, int32_t adapter_dtype, int32_t threads,
+                   bool accumulate = false) {
   LoraCall call{};
   call.layers = layers;
   call.layer_count = layer_count;
@@ -119,6 +120,7 @@ LoraCall make_call(const ft_lora_layer* layers, int64_t layer_count, int64_t ada
   call.dtype = dtype;
   call.adapter_dtype = adapter_dtype;
   call.threads = usable_threads(threads);
+  call.accumulate = accumulate;
   return call;
 }
 
@@ -132,7 +134,7 @@ int ft_cpu_lora_linear(void* y, void* xa, const void* x, const void* weight, con
                        int64_t x_stride_m, int64_t x_stride_k, int64_t weight_stride_n,
                        int64_t weight_stride_k, int64_t gate_stride_m, int64_t packed_bytes,
                        int64_t packed_dx_bytes, uint32_t threshold, int32_t dtype,
-                       int32_t adapter_dtype, int32_t threads) {
+                       int32_t adapter_dtype, int32_t accumulate, int32_t threads) {
   using namespace fastft;
   ft_lora_layer layer{};
   layer.y = y;
@@ -157,7 +159,7 @@ int ft_cpu_lora_linear(void* y, void* xa, const void* x, const void* weight, con
   adapter.threshold = threshold;
   return run("cpu_lora_linear", Direction::kForward,
              make_call(&layer, 1, 1, nullptr, x, m, k, x_stride_m, x_stride_k, dtype, adapter_dtype,
-                       threads),
+                       threads, accumulate != 0),
              &adapter, rng);
 }
 
@@ -171,7 +173,7 @@ int ft_cpu_lora_linear_backward(void* dx, void* dweight, void* dlora_a, void* dl
                                 int64_t weight_stride_n, int64_t weight_stride_k,
                                 int64_t gate_stride_m, int64_t packed_bytes,
                                 int64_t packed_dx_bytes, uint32_t threshold, int32_t dtype,
-                                int32_t adapter_dtype, int32_t threads) {
+                                int32_t adapter_dtype, int32_t accumulate, int32_t threads) {
   using namespace fastft;
   ft_lora_layer layer{};
   layer.dweight = dweight;
@@ -201,10 +203,10 @@ int ft_cpu_lora_linear_backward(void* dx, void* dweight, void* dlora_a, void* dl
   adapter.rows = m;
   adapter.gate_stride_m = gate_stride_m;
   adapter.threshold = threshold;
-  return run(
-      "cpu_lora_linear_backward", Direction::kBackward,
-      make_call(&layer, 1, 1, dx, x, m, k, x_stride_m, x_stride_k, dtype, adapter_dtype, threads),
-      &adapter, rng);
+  return run("cpu_lora_linear_backward", Direction::kBackward,
+             make_call(&layer, 1, 1, dx, x, m, k, x_stride_m, x_stride_k, dtype, adapter_dtype,
+                       threads, accumulate != 0),
+             &adapter, rng);
 }
 
 int ft_cpu_lora_projections(const ft_lora_layer* layers, const ft_lora_adapter* adapters,

@@ -29,6 +29,7 @@ struct LoraCall {
   int64_t masks_bytes;  // of all masks
   int64_t t_floats;     // of all T
   bool copies_u;        // U is not S itself: gated, or beside the rows of others
+  bool accumulate;      // y, or dx, holds what is added to
   int32_t dtype, adapter_dtype;
   int threads;
 };

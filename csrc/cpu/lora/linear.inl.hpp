@@ -166,6 +166,7 @@ inline void lora_forward(const LoraCall& f, const Product* base) {
       }
       Result y = result(advanced(layer.y, f.dtype, row0 * layer.n), f.dtype, layer.n, 1);
       y.bias = layer.bias;
+      y.accumulate = f.accumulate;
       gemm(row1 - row0, layer.n, products, count, y, f.threads);
     });
   }
@@ -283,8 +284,9 @@ inline void lora_dx(const LoraCall& f, int64_t a, int64_t behind, int64_t row0, 
     up.mask_element = adapter.mask * 8 - (adapter.first_row - row0) * f.k;
     products[count++] = served(up, adapter, row0);
   }
-  gemm(row1 - row0, f.k, products, count,
-       result(advanced(f.dx, f.dtype, row0 * f.k), f.dtype, f.k, 1), f.threads);
+  Result dx = result(advanced(f.dx, f.dtype, row0 * f.k), f.dtype, f.k, 1);
+  dx.accumulate = f.accumulate;
+  gemm(row1 - row0, f.k, products, count, dx, f.threads);
 }
 
 inline void lora_backward(const LoraCall& f, const Product* base) {

@@ -62,7 +62,7 @@ FT_API int ft_cpu_unpack_weight(void* weight, const void* packed, int64_t packed
 // bias (n) or null, scaling: one float, rng: int64 (seed, offset) or null, threshold: of 65536,
 // see philox.h; gate (m, r), or with gate_stride_m 0 (r); packed: ft_cpu_pack_weight's of the
 // weight, packed_dx: of its transpose, or null. One of the three is read; where all are null there
-// is no base product. threads: at most this many.
+// is no base product. accumulate: y holds what is added to. threads: at most this many.
 FT_API int ft_cpu_lora_linear(void* y, void* xa, const void* x, const void* weight,
                               const void* lora_a, const void* lora_b, const void* bias,
                               const float* scaling, const int64_t* rng, const void* gate,
@@ -71,12 +71,13 @@ FT_API int ft_cpu_lora_linear(void* y, void* xa, const void* x, const void* weig
                               int64_t weight_stride_n, int64_t weight_stride_k,
                               int64_t gate_stride_m, int64_t packed_bytes, int64_t packed_dx_bytes,
                               uint32_t threshold, int32_t dtype, int32_t adapter_dtype,
-                              int32_t threads);
+                              int32_t accumulate, int32_t threads);
 
 // With T = grad B: dx = grad W + s * dropout((T * g) A), dweight = grad^T x, dbias = sum_m grad,
 // dlora_a = s * (T * g)^T dropout(x), dlora_b = s * grad^T (xa * g), dscaling = sum(T * xa * g),
 // dgate = s * T * xa, over the rows where the gate has none. T stays float32.
 // [in] x is read for dweight and dlora_a, xa for dlora_b, dscaling and dgate; null where not read.
+// accumulate: dx holds what is added to.
 FT_API int ft_cpu_lora_linear_backward(
     void* dx, void* dweight, void* dlora_a, void* dlora_b, void* dbias, float* dscaling,
     void* dgate, const void* grad, const void* x, const void* weight, const void* lora_a,
@@ -85,7 +86,7 @@ FT_API int ft_cpu_lora_linear_backward(
     int64_t grad_stride_m, int64_t grad_stride_n, int64_t x_stride_m, int64_t x_stride_k,
     int64_t weight_stride_n, int64_t weight_stride_k, int64_t gate_stride_m, int64_t packed_bytes,
     int64_t packed_dx_bytes, uint32_t threshold, int32_t dtype, int32_t adapter_dtype,
-    int32_t threads);
+    int32_t accumulate, int32_t threads);
 
 // A base layer among several, in both directions; each field as the parameter of that name above.
 // Python writes these structs as arrays of 64-bit integers.

@@ -13,11 +13,11 @@ from pyfastft._check import name_of
 from pyfastft._native import DTYPES, address
 from pyfastft._op import implement
 from pyfastft._random import dropout_threshold
-from pyfastft.native import _torch_gemm
+from pyfastft.native import _cpu_engine, _torch_gemm
 from pyfastft.native.lora._layers import cpu_unsupported, refuse_packed
 
 
-@implement("lora_linear", "cpu", unsupported=cpu_unsupported)
+@implement("lora_linear", "cpu", unsupported=cpu_unsupported, engine=_cpu_engine.explain_forward)
 def lora_linear(
     y: torch.Tensor,
     xa: torch.Tensor,
@@ -51,6 +51,11 @@ def lora_linear(
         packed = packed.contiguous()
     if packed_dx is not None:
         packed_dx = packed_dx.contiguous()
+    gemm = _cpu_engine.choose("forward", x, weight, packed, packed_dx).engine == "gemm"
+    if gemm:
+        assert weight is not None
+        torch.mm(x, weight.T, out=y.view(m, n))
+        weight = None
     x_stride_m, x_stride_k = x.stride()
     weight_stride_n, weight_stride_k = (0, 0) if weight is None else weight.stride()
     try:
@@ -81,13 +86,19 @@ def lora_linear(
             threshold=dropout_threshold(p) if p else 0,
             dtype=DTYPES[x.dtype],
             adapter_dtype=DTYPES[lora_a.dtype],
+            accumulate=gemm,
             threads=torch.get_num_threads(),
         )
     except RuntimeError as error:
         refuse_packed("lora_linear", error, (packed, packed_dx))
 
 
-@implement("lora_linear_backward", "cpu", unsupported=cpu_unsupported)
+@implement(
+    "lora_linear_backward",
+    "cpu",
+    unsupported=cpu_unsupported,
+    engine=_cpu_engine.explain_backward,
+)
 def lora_linear_backward(
     dx: torch.Tensor,
     dweight: torch.Tensor,
@@ -130,6 +141,15 @@ def lora_linear_backward(
         packed = packed.contiguous()
     if packed_dx is not None:
         packed_dx = packed_dx.contiguous()
+    gemm = _cpu_engine.choose("backward", grad, weight, packed, packed_dx).engine == "gemm"
+    if gemm:
+        assert weight is not None
+        if need[0]:
+            torch.mm(grad, weight, out=dx.view(m, k))
+        if need[1]:
+            assert x is not None
+            torch.mm(grad.T, x, out=dweight)
+        weight = None
     grad_stride_m, grad_stride_n = grad.stride()
     x_stride_m, x_stride_k = (0, 0) if x is None else x.stride()
     weight_stride_n, weight_stride_k = (0, 0) if weight is None else weight.stride()
@@ -137,7 +157,7 @@ def lora_linear_backward(
     try:
         _native.cpu().lora_linear_backward(
             dx=dx.data_ptr(),
-            dweight=dweight.data_ptr(),
+            dweight=0 if gemm else dweight.data_ptr(),
             dlora_a=dlora_a.data_ptr(),
             dlora_b=dlora_b.data_ptr(),
             dbias=dbias.data_ptr(),
@@ -170,6 +190,7 @@ def lora_linear_backward(
             threshold=dropout_threshold(p) if p else 0,
             dtype=DTYPES[grad.dtype],
             adapter_dtype=DTYPES[lora_a.dtype],
+            accumulate=gemm,
             threads=torch.get_num_threads(),
         )
     except RuntimeError as error:
