@@ -253,7 +253,7 @@ def _device_of(args: tuple[Any, ...]) -> str:
 
 # Families that are not finished: users import their modules by themselves, and what enumerates the
 # registry passes them by.
-UNEXPORTED = ("masked",)
+UNEXPORTED: tuple[str, ...] = ()
 OPS: dict[str, Op] = {}  # every op that was defined, by name
 REGISTRY: dict[str, Op] = {}  # those of exported families
 _fallbacks_told: set[tuple[str, tuple[str, ...]]] = set()

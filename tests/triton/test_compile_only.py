@@ -46,6 +46,19 @@ ACTIVATIONS = {
     "_int8_product_kernel",
     "_int8_scale_gradient_kernel",
 }
+MASKED = {
+    "_masked_gather_kernel",
+    "_masked_scatter_kernel",
+    "_masked_merge_kernel",
+    "_masked_step_kernel",
+    "_mark_kernel",
+    "_count_digits_kernel",
+    "_choose_digit_kernel",
+    "_collect_kernel",
+    "_rectangle_grad_kernel",
+    "_element_grad_kernel",
+    "_entry_grad_kernel",
+}
 PRECISIONS = ["bf16-bf16", "fp32-fp32", "bf16-fp32"]
 # A rank per tile of ranks, and one that Triton cannot align.
 RANKS = {"bf16-bf16": "10,16,32,64", "fp32-fp32": "10,16,32", "bf16-fp32": "10,16,32"}
@@ -134,3 +147,17 @@ def test_activations_compile_without_spills() -> None:
 @pytest.mark.parametrize("alignment", ["aligned", "odd"])
 def test_every_activation_compiles_without_spills(alignment: str, dtype: str) -> None:
     check(compile_activations("80,90,100", alignment, dtype, "128,50", "every"), ACTIVATIONS)
+
+
+def test_masked_kernels_compile_without_spills() -> None:
+    check(compile_kernels("90", "aligned", "bf16", "some", script="compile_masked.py"), MASKED)
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_every_masked_kernel_compiles_without_spills(dtype: str) -> None:
+    arguments = ("80,90,100", "aligned,odd", dtype, "every")
+    check(compile_kernels(*arguments, script="compile_masked.py"), MASKED)
+    if dtype == "bf16":
+        arguments = ("80,90,100", "odd", "fp16", "some")
+        check(compile_kernels(*arguments, script="compile_masked.py"), MASKED)

@@ -8,6 +8,8 @@ after row. Elements are rectangles of 1 x 1, rows of 1 x K, columns of N x 1.
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 
 from pyfastft._check import FLOATS, expect_dense, expect_dtype, expect_shape, reject
@@ -80,3 +82,18 @@ def check_index(
     if bool(off.any()):
         got = f"offset {int(first[off][0])}"
         reject(op, arg, f"offsets on the grid of {rows} x {columns}", got)
+
+
+def expect_places(index: torch.Tensor, kept: torch.Tensor) -> None:
+    """ValueError unless the places that masked_merge keeps ascend within the index."""
+    if not kept.numel():
+        return
+    ascend = bool((kept[1:] > kept[:-1]).all())
+    if not ascend or int(kept[0]) < 0 or int(kept[-1]) >= index.shape[0]:
+        got = kept.tolist()[:8]
+        reject("masked_merge", "kept", f"ascending places within {index.shape[0]}", got)
+
+
+def reject_grown() -> NoReturn:
+    """The ValueError of lists that masked_merge cannot merge."""
+    reject("masked_merge", "grown", "ascending entries, none of those kept", "another")

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from pyfastft._check import reject
 from pyfastft._op import implement
-from pyfastft.ops.masked._rectangles import check_index, matrix_of, offsets_of
+from pyfastft.ops.masked._rectangles import (
+    check_index,
+    expect_places,
+    matrix_of,
+    offsets_of,
+    reject_grown,
+)
 
 
 @implement("masked_gather", "reference")
@@ -44,13 +49,9 @@ def masked_merge(
     kept: torch.Tensor,
     grown: torch.Tensor,
 ) -> None:
-    op = "masked_merge"
-    if kept.numel():
-        ascends = bool((kept[1:] > kept[:-1]).all())
-        if not ascends or int(kept[0]) < 0 or int(kept[-1]) >= index.shape[0]:
-            reject(op, "kept", f"ascending places within {index.shape[0]}", kept.tolist()[:8])
+    expect_places(index, kept)
     entries, order = torch.sort(torch.cat((index[kept], grown)), stable=True)
     if bool((entries[1:] == entries[:-1]).any()) or bool((grown[1:] <= grown[:-1]).any()):
-        reject(op, "grown", "ascending entries, none of those kept", "another")
+        reject_grown()
     merged.copy_(entries)
     source.copy_(torch.cat((kept, torch.full_like(grown, -1, dtype=torch.int64)))[order])
