@@ -1,6 +1,6 @@
 """Fused kernels for fine-tuning and compressing pretrained models, on GPU and on CPU."""
 
-from pyfastft import autograd, functional, nn
+from pyfastft import autograd, functional, nn, optim, sparsity
 from pyfastft._op import Explanation, backend, explain
 from pyfastft.config import PTQ4, LoRA
 from pyfastft.conversion import Report, convert, merge, pack, revert, unmerge, unpack
@@ -32,11 +32,13 @@ __all__ = [
     "lora_linear",
     "merge",
     "nn",
+    "optim",
     "pack",
     "quantize",
     "revert",
     "save_adapter",
     "save_checkpoint",
+    "sparsity",
     "unmerge",
     "unpack",
     "verify",

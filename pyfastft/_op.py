@@ -251,11 +251,7 @@ def _device_of(args: tuple[Any, ...]) -> str:
     raise TypeError("expected a tensor among the arguments, got none")
 
 
-# Families that are not finished: users import their modules by themselves, and what enumerates the
-# registry passes them by.
-UNEXPORTED: tuple[str, ...] = ()
-OPS: dict[str, Op] = {}  # every op that was defined, by name
-REGISTRY: dict[str, Op] = {}  # those of exported families
+REGISTRY: dict[str, Op] = {}
 _fallbacks_told: set[tuple[str, tuple[str, ...]]] = set()
 
 
@@ -298,9 +294,7 @@ def define(
                 key = f"Autocast{device.upper()}"
                 _LIBRARY.impl(name, _autocast(op, device, frozenset(autocast)), key)
         op.__doc__ = contract.__doc__
-        OPS[name] = op
-        if op.family not in UNEXPORTED:
-            REGISTRY[name] = op
+        REGISTRY[name] = op
         return op
 
     return decorate
@@ -345,7 +339,7 @@ def implement(
     """
 
     def decorate(launch: _Launch) -> _Launch:
-        OPS[name].impls[backend] = Impl(launch, unsupported, engine)
+        REGISTRY[name].impls[backend] = Impl(launch, unsupported, engine)
         return launch
 
     return decorate
@@ -362,7 +356,7 @@ def differentiable(name: str) -> Callable[[_Class], _Class]:
     """
 
     def decorate(function: _Class) -> _Class:
-        op = OPS[name]
+        op = REGISTRY[name]
         torch.library.register_autograd(
             f"{NAMESPACE}::{name}",
             function.backward,  # type: ignore[attr-defined]
@@ -425,9 +419,9 @@ def explain(op: str | Op | Callable[..., Any], *args: Any, **kwargs: Any) -> Exp
         KeyError: there is no op of that name.
     """
     name = op if isinstance(op, str) else getattr(op, "name", None) or getattr(op, "__name__", "")
-    if name not in OPS:
+    if name not in REGISTRY:
         raise KeyError(f"explain: expected an op of {', '.join(sorted(REGISTRY))}, got {name!r}")
-    return OPS[name].explain(*args, **kwargs)
+    return REGISTRY[name].explain(*args, **kwargs)
 
 
 # -- the eager short way ---------------------------------------------------------------------------

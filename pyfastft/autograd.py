@@ -1,6 +1,7 @@
 """The ops' ``autograd.Function`` classes, for code that applies Functions itself."""
 
 from pyfastft.ops.lora import AbsRowSumsFunction, LoRALinearFunction, ScaleColumnsFunction
+from pyfastft.ops.masked import MaskedLinearFunction
 from pyfastft.ops.ptq4 import (
     FakeQuantize4Function,
     Int4LinearA4Function,
@@ -19,5 +20,6 @@ __all__ = [
     "Int4LoRALinearFunction",
     "Int8LinearFunction",
     "LoRALinearFunction",
+    "MaskedLinearFunction",
     "ScaleColumnsFunction",
 ]

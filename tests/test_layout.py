@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import re
 import subprocess
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import pyfastft as ft
-from pyfastft._op import FOLDERS, OPS, REGISTRY, UNEXPORTED
+from pyfastft._op import FOLDERS, REGISTRY
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("lora", "masked", "ptq4", "prune", "mcf")
@@ -135,9 +134,7 @@ LIBRARY = [
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda p: str(p.relative_to(ROOT)))
 def test_public_things_say_what_they_are(path: Path) -> None:
     # An op's implementation is described by its contract.
-    for family in UNEXPORTED:
-        importlib.import_module(f"pyfastft.ops.{family}")
-    assert not undocumented(path) - set(OPS)
+    assert not undocumented(path) - set(REGISTRY)
 
 
 def test_every_op_is_documented_for_users() -> None:

@@ -12,6 +12,14 @@ from pyfastft.functional.embedding import lora_embedding
 from pyfastft.functional.int4 import int4_dequantize, int4_linear, int4_lora_linear
 from pyfastft.functional.int8 import int8_linear
 from pyfastft.functional.linear import lora_linear, pack_weight, unpack_weight
+from pyfastft.functional.masked import (
+    masked_gather,
+    masked_linear,
+    masked_merge,
+    masked_scatter_,
+    masked_weight_grad,
+    select_topk,
+)
 from pyfastft.functional.quantize_weight import hqq_quantize, rtn_quantize
 from pyfastft.functional.several import lora_adapters, lora_projections
 from pyfastft.functional.sums import abs_row_sums
@@ -34,8 +42,14 @@ __all__ = [
     "lora_embedding",
     "lora_linear",
     "lora_projections",
+    "masked_gather",
+    "masked_linear",
+    "masked_merge",
+    "masked_scatter_",
+    "masked_weight_grad",
     "pack_weight",
     "rtn_quantize",
     "scale_columns",
+    "select_topk",
     "unpack_weight",
 ]

@@ -13,6 +13,16 @@ from pyfastft.ops.lora import (
     scale_columns,
     scale_columns_backward,
 )
+from pyfastft.ops.masked import (
+    masked_adamw_,
+    masked_gather,
+    masked_lion_,
+    masked_merge,
+    masked_scatter_,
+    masked_sgd_,
+    masked_weight_grad,
+    select_topk,
+)
 from pyfastft.ops.ptq4 import (
     fake_quantize4,
     fake_quantize4_backward,
@@ -51,7 +61,15 @@ __all__ = [
     "lora_linear_backward",
     "lora_projections",
     "lora_projections_backward",
+    "masked_adamw_",
+    "masked_gather",
+    "masked_lion_",
+    "masked_merge",
+    "masked_scatter_",
+    "masked_sgd_",
+    "masked_weight_grad",
     "rtn_quantize",
     "scale_columns",
     "scale_columns_backward",
+    "select_topk",
 ]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pyfastft import _native
-from pyfastft._op import OPS, backend
+from pyfastft._op import REGISTRY, backend
 from pyfastft.ops.masked.select import PAIRED, SCORES
 from pyfastft.testing.samples import FLOAT32, PRECISIONS, Precision, samples, upcast
 from pyfastft.testing.tolerance import assert_accurate, assert_exact
@@ -44,9 +44,9 @@ def _one_thread(threads: None) -> None:
 def run(op: str, args: tuple[Any, ...], name: str = "cpu") -> tuple[torch.Tensor, ...]:
     """The outputs; of an op that mutates, the arguments it wrote into."""
     with backend(name):
-        outputs = OPS[op](*args)
-    if OPS[op].mutates:
-        return tuple(OPS[op].written(args))
+        outputs = REGISTRY[op](*args)
+    if REGISTRY[op].mutates:
+        return tuple(REGISTRY[op].written(args))
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 

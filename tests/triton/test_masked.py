@@ -11,21 +11,21 @@ import torch
 pytest.importorskip("triton")
 
 from pyfastft import backend
-from pyfastft._op import OPS
+from pyfastft._op import REGISTRY
 from pyfastft.ops.masked.select import PAIRED, SCORES
 from pyfastft.testing.samples import FLOAT32, PRECISIONS, Precision, samples, upcast
 from pyfastft.testing.tolerance import assert_accurate, assert_exact
 from pyfastft.triton_kernels._plan import Device
-from pyfastft.triton_kernels.masked import weight_grad
+from pyfastft.triton_kernels.masked import select, weight_grad
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run(op: str, args: tuple[Any, ...], name: str) -> tuple[torch.Tensor, ...]:
     with backend(name):
-        outputs = OPS[op](*args)
-    if OPS[op].mutates:
-        return tuple(OPS[op].written(args))
+        outputs = REGISTRY[op](*args)
+    if REGISTRY[op].mutates:
+        return tuple(REGISTRY[op].written(args))
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
@@ -122,9 +122,11 @@ def test_stochastic_rounding_is_the_specified_one_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_selection_over_several_chunks(score: str) -> None:
+def test_selection_over_several_chunks(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of several dtypes that end within a chunk, ties, and entries left out."""
-    sizes = ((130, 261), (33_001,), (3,))
+    monkeypatch.setattr(select, "_CHUNK", 512)
+    monkeypatch.setattr(select, "_TILE", 256)
+    sizes = ((30, 41), (1001,), (3,))
     tensors = [torch.randn(size, device=DEVICE).round(decimals=1) for size in sizes]
     others = [torch.randn_like(one) for one in tensors] if score in PAIRED else []
     if score == "wanda":
@@ -136,7 +138,7 @@ def test_selection_over_several_chunks(score: str) -> None:
     exclude = [torch.arange(0, one.numel(), 7, device=DEVICE) for one in tensors]
     rng = torch.tensor([3, 4], device=DEVICE) if score == "random" else None
     for largest in (True, False):
-        args = (tensors, others, exclude, 4321, score, largest, rng)
+        args = (tensors, others, exclude, 432, score, largest, rng)
         expected = run("select_topk", args, "reference")
         for a, e in zip(run("select_topk", args, "triton"), expected, strict=True):
             assert_exact(a, e, score)
@@ -176,4 +178,4 @@ def test_lists_that_cannot_be_merged() -> None:
 def test_float64_is_left_to_the_reference() -> None:
     args = next(samples("masked_gather")).build(FLOAT32, DEVICE)
     with backend("triton"), pytest.raises(NotImplementedError, match="float64"):
-        OPS["masked_gather"](*upcast(args))
+        REGISTRY["masked_gather"](*upcast(args))

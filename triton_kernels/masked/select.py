@@ -126,7 +126,7 @@ def _count_digits_kernel(
     first = (chunk - tl.load(row)) * CHUNK
     chosen = tl.load(chosen_ptr).to(tl.uint32)
     counts = tl.zeros((1 << BITS,), tl.int32)
-    for start in range(0, CHUNK, TILE):
+    for start in range(0, tl.minimum(tl.load(row + 4) - first, CHUNK), TILE):
         key, there = _tile_keys(row, rng_ptr, first + start, SCORE, LARGEST, TILE)
         if SHIFT + BITS < 32:
             there = there & (key >> (SHIFT + BITS) == chosen)
@@ -181,7 +181,7 @@ def _collect_kernel(
         before = tl.load(places_ptr + chunk)
         equal = tl.load(places_ptr + chunks + chunk)
         position = tl.load(row + 7) + first + tl.arange(0, TILE)
-    for start in range(0, CHUNK, TILE):
+    for start in range(0, tl.minimum(tl.load(row + 4) - first, CHUNK), TILE):
         key, there = _tile_keys(row, rng_ptr, first + start, SCORE, LARGEST, TILE)
         is_before = (there & (key < last)).to(tl.int32)
         is_equal = (there & (key == last)).to(tl.int32)

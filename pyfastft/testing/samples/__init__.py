@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
-from pyfastft._op import OPS
+from pyfastft._op import REGISTRY
 from pyfastft.testing.samples._base import (
     FLOAT32,
     FLOAT64,
@@ -49,4 +49,4 @@ def rejects(op: str) -> Iterator[Reject]:
 
 
 def _family(op: str) -> Any:
-    return importlib.import_module(f"{__name__}.{OPS[op].family}")
+    return importlib.import_module(f"{__name__}.{REGISTRY[op].family}")

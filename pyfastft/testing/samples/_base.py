@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pyfastft._op import OPS
+from pyfastft._op import REGISTRY
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def changed(args: tuple[Any, ...], position: int, value: Any) -> tuple[Any, ...]
 
 def rejecter(op: str, args: tuple[Any, ...]) -> Callable[..., Reject]:
     """Builds rejects of good arguments with one of them replaced."""
-    names = OPS[op].parameters
+    names = REGISTRY[op].parameters
 
     def reject(
         name: str,
