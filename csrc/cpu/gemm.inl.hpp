@@ -226,16 +226,22 @@ void store_rows(const Result& c, const float* tile, int64_t pitch, int64_t i, in
   }
 }
 
+// Transposed in registers, a square at a time.
 template <class T>
 void store_columns(const Result& c, const float* tile, int64_t pitch, int64_t i, int64_t j,
                    int rows, int columns) {
-  for (int column = 0; column < columns; ++column) {
-    T* to = static_cast<T*>(c.data) + (j + column) * c.column_stride + i;
-    for (int row = 0; row < rows; ++row) {
-      const float sum = tile[row * pitch + column];
-      to[row] = from_float<T>(c.accumulate ? sum + to_float(to[row]) : sum);
+  for (int row = 0; row < rows; row += kLanes)
+    for (int column = 0; column < columns; column += kLanes) {
+      const int n = int(lesser(kLanes, rows - row)), across = int(lesser(kLanes, columns - column));
+      Vec square[kLanes];
+#pragma GCC unroll 16
+      for (int at = 0; at < kLanes; ++at)
+        square[at] = at < n ? load(tile + (row + at) * pitch + column) : zero();
+      transpose(square);
+      T* to = static_cast<T*>(c.data) + (j + column) * c.column_stride + i + row;
+      for (int at = 0; at < across; ++at, to += c.column_stride)
+        store(to, c.accumulate ? add(square[at], load(to, n)) : square[at], n);
     }
-  }
 }
 
 // Where C goes: C-contiguous rows, or its transpose.
