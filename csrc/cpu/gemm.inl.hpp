@@ -512,7 +512,7 @@ inline void gemm(int64_t rows, int64_t columns, const Product* products, int cou
       const int64_t row_blocks = ceil_div(row_strips, kBlockRows / strip_height);
       const int64_t most_columns = g.few_rows ? Workspace::kTile / kFewRows : kBlockColumns;
       int64_t column_blocks = ceil_div(g.columns.count(), most_columns / kLanes);
-      const int64_t tasks = (g.few_rows ? 2 : 4) * threads;
+      const int64_t tasks = (g.few_rows ? 1 : 4) * threads;
       if (threads > 1) column_blocks = greater(column_blocks, ceil_div(tasks, row_blocks));
       while (row_blocks * column_blocks % threads && row_blocks * column_blocks < 16 * threads)
         ++column_blocks;
