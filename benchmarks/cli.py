@@ -19,7 +19,16 @@ from tqdm import tqdm
 
 from pyfastft._cli import UsageError
 from pyfastft.benchmarks import bars, machine, report
-from pyfastft.benchmarks.measure import DTYPES, FAMILIES, PEERS, Case, Row, family, measure
+from pyfastft.benchmarks.measure import (
+    DTYPES,
+    FAMILIES,
+    FIGURES_ONLY,
+    PEERS,
+    Case,
+    Row,
+    family,
+    measure,
+)
 
 _QUICK_BUDGET_S = 2.0
 _BUDGET_S = 15.0
@@ -29,7 +38,8 @@ _Item = TypeVar("_Item")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``pyfastft bench``."""
-    parser.add_argument("--family", choices=(*FAMILIES, bars.HOUSE), help="only this family")
+    every = (*FAMILIES, *FIGURES_ONLY, bars.HOUSE)
+    parser.add_argument("--family", choices=every, help="only this family")
     parser.add_argument("--quick", action="store_true", help="one case, seconds, no torch.compile")
     parser.add_argument(
         "--shape", type=_shape, metavar="M,K,N", help="your own shape: tokens, in, out"
@@ -64,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"bench: --rank: expected at least 1, got {args.rank}")
     if args.p is not None and not 0 <= args.p <= 1:
         raise UsageError(f"bench: --p: expected a probability, got {args.p}")
-    if args.family == bars.HOUSE and not args.bars:
-        raise UsageError(f"bench: --family {bars.HOUSE}: has bars only, so with --bars")
+    if args.family in (*FIGURES_ONLY, bars.HOUSE) and not args.bars:
+        raise UsageError(f"bench: --family {args.family}: has bars only, so with --bars")
     narrowed = [args.quick, args.shape, args.rank, args.p, args.dtype, args.family]
     if args.update and (any(option is not None and option is not False for option in narrowed)):
         raise UsageError("bench: --update measures everything; it takes no case and no family")

@@ -69,6 +69,10 @@ _INT4_FORMATS = (
     ("float16", 128, "none", False),
     ("float16", 128, "uint8", False),
 )
+_INT4_RANK = 16
+_INT4_GRADIENT_TOKENS = (16, 64, 256, 1024, 4096)
+# The dtype of a low-rank term's A, and whether it drops elements.
+_INT4_TERMS = (("", False), ("float32", True), ("bfloat16", True))
 _CPU_TOKENS = (1, 4, 16, 64, 512, 2048)
 _CPU_LAYERS = ((1536, 384), (384, 1536), (1024, 1024), (4096, 1024), (1024, 4096), (4096, 4096))
 _CPU_RANK = 16
@@ -92,6 +96,18 @@ PROBLEMS: dict[tuple[str, str], tuple[Problem, ...]] = {
         for (dtype, group, zero, table), (n, k), m in itertools.product(
             _INT4_FORMATS, _LAYERS, _INT4_TOKENS
         )
+    )
+    + tuple(
+        _int4_engine.Problem(
+            *(m, n, k, group, dtype, zero, table),
+            aligned=True,
+            direction="backward",
+            adapter=adapter,
+            dropout=dropout,
+        )
+        for (dtype, group, zero, table), (adapter, dropout), (n, k), m in itertools.product(
+            _INT4_FORMATS[:7], _INT4_TERMS, _LAYERS, _INT4_GRADIENT_TOKENS
+        )
     ),
 }
 TABLES = {
@@ -102,9 +118,10 @@ TABLES = {
 
 
 def _op_of(problem: Problem) -> Op:
+    name = "lora_linear"
     if isinstance(problem, _int4_engine.Problem):
-        return REGISTRY["int4_linear"]
-    return REGISTRY["lora_linear" + ("_backward" if problem.direction == "backward" else "")]
+        name = "int4_lora_linear" if problem.adapter else "int4_linear"
+    return REGISTRY[name + ("_backward" if problem.direction == "backward" else "")]
 
 
 def arguments(problem: Problem, device: torch.device) -> tuple[Any, ...]:
@@ -135,7 +152,6 @@ def arguments(problem: Problem, device: torch.device) -> tuple[Any, ...]:
 def _int4_arguments(problem: _int4_engine.Problem, device: torch.device) -> tuple[Any, ...]:
     m, n, k, group = problem.m, problem.n, problem.k, problem.group_size
     groups = -(-k // group)
-    x = torch.randn(m, k, device=device).to(getattr(torch, problem.dtype))
     codes = torch.randint(256, (n, -(-k // 2)), dtype=torch.uint8, device=device)
     scale = torch.randn(n, groups, device=device) * (0.25 * k**-0.5)
     zero = None
@@ -143,7 +159,19 @@ def _int4_arguments(problem: _int4_engine.Problem, device: torch.device) -> tupl
         zero = torch.randint(16, (n, groups), dtype=torch.uint8, device=device)
     elif problem.zero == "float":
         zero = 7.5 + torch.randn(n, groups, device=device)
-    return x, codes, scale, zero, None, None, None, group, "nf4" if problem.table else "int4"
+    format = (group, "nf4" if problem.table else "int4")
+    lead = torch.randn(m, k if problem.direction == "forward" else n, device=device)
+    lead = lead.to(getattr(torch, problem.dtype))
+    if problem.direction == "forward":
+        return lead, codes, scale, zero, None, None, None, *format
+    if not problem.adapter:
+        return lead, None, codes, scale, zero, None, None, k, *format, [True, False, False, False]
+    adapter = getattr(torch, problem.adapter)
+    a = (torch.randn(_INT4_RANK, k, device=device) * k**-0.5).to(adapter)
+    b = (torch.randn(n, _INT4_RANK, device=device) * _INT4_RANK**-0.5).to(adapter)
+    p, rng = (_P, torch.tensor([1, 2], device=device)) if problem.dropout else (0.0, None)
+    operands = (lead, None, codes, scale, zero, a, b, None, torch.full((), 2.0, device=device))
+    return *operands, p, rng, None, None, *format, [True] + [False] * 6
 
 
 def contenders(

@@ -6,6 +6,8 @@ problem, the device, and what has been measured on it.
     mma        at most 64 rows straight from the codes on tensor cores, in CUDA
     product    any number of rows straight from the codes, in Triton
 
+panels and product also compute dX, of which the other two know nothing.
+
 ``_int4_engine.json`` holds the measurements, written by ``make gpu-tune FAMILY=ptq4``. Where it
 knows nothing near a problem, panels run.
 """
@@ -28,9 +30,11 @@ TABLE = Path(__file__).with_name("_int4_engine.json")
 
 @dataclass(frozen=True)
 class Problem:
-    """A forward product. Dtypes by their names; ``zero`` is none, uint8 or float.
+    """A product, forward or dX. Dtypes by their names; ``zero`` is none, uint8 or float.
 
-    ``aligned`` says that rows of x and of codes begin at multiples of 16 bytes.
+    ``aligned`` says that rows of x, or dY, and of codes begin at multiples of 16 bytes. ``adapter``
+    is the dtype of a low-rank term in dX, which drops elements where ``dropout``; of a forward, and
+    where there is no such term, it is empty.
     """
 
     m: int
@@ -41,12 +45,15 @@ class Problem:
     zero: str
     table: bool
     aligned: bool
+    direction: str = "forward"  # or "backward"
+    adapter: str = ""
+    dropout: bool = False
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Of y^T = W x^T: tile sizes along N, M and K, how the kernel is launched, and whether it needs
-    the registers that products leave free on sm_90 and later."""
+    """Of y^T = W x^T or dX = dY W: tile sizes along N, M and K, how the kernel is launched, and
+    whether it needs the registers that products leave free on sm_90 and later."""
 
     block_n: int
     block_m: int
@@ -95,6 +102,25 @@ PRODUCT_TILES: dict[str, tuple[Tiles, ...]] = {
         Tiles(64, 128, 64, 8, 3),
         Tiles(64, 32, 64, 4, 4),
         Tiles(128, 128, 64, 8, 3, wide=True),
+    ),
+    "float32": (Tiles(32, 32, 32, 8, 2),),
+}
+# The same of dX, whose sums stand in registers once, with a low-rank term and without. block_k is
+# as large as a group, at most: a tile of W has one scale in each of its rows. On sm_80 64 x 128 x
+# 128 of eight warps or 64 x 64 x 128 of four took up to 160 bytes of stack.
+GRADIENT_TILES: dict[str, tuple[Tiles, ...]] = {
+    "codes": (
+        Tiles(32, 128, 128, 8, 4),
+        Tiles(64, 128, 64, 8, 3),
+        Tiles(64, 64, 128, 8, 3),
+        Tiles(64, 32, 128, 8, 4),
+        Tiles(64, 128, 128, 8, 3, wide=True),
+    ),
+    "table": (
+        Tiles(32, 128, 128, 8, 4),
+        Tiles(64, 128, 64, 8, 3),
+        Tiles(64, 64, 128, 8, 3),
+        Tiles(64, 128, 128, 8, 3, wide=True),
     ),
     "float32": (Tiles(32, 32, 32, 8, 2),),
 }
@@ -153,7 +179,7 @@ def _whole_groups(problem: Problem, multiple: int) -> bool:
 
 
 def kind_of(problem: Problem) -> str:
-    """What multiplies what: a key of :data:`PRODUCT_TILES`."""
+    """What multiplies what: a key of :data:`PRODUCT_TILES` and :data:`GRADIENT_TILES`."""
     if problem.dtype == "float32":
         return "float32"
     return "table" if problem.table else "codes"
@@ -161,6 +187,8 @@ def kind_of(problem: Problem) -> str:
 
 def why_not(engine: str, problem: Problem) -> str | None:
     """Why an engine cannot compute a problem, or None where it can."""
+    if engine in ("gemv", "mma") and problem.direction != "forward":
+        return f"{engine} is a forward"
     if engine == "gemv":
         if problem.m > GEMV_ROWS:
             return f"gemv takes at most {GEMV_ROWS} rows"
@@ -185,7 +213,8 @@ def candidates(engine: str, problem: Problem) -> tuple[Tiles, ...]:
     if engine != "product":
         return ()
     largest = common_group(problem.k, problem.group_size)
-    tiles = PRODUCT_TILES[kind_of(problem)] if problem.aligned else (UNALIGNED_TILES,)
+    known = PRODUCT_TILES if problem.direction == "forward" else GRADIENT_TILES
+    tiles = known[kind_of(problem)] if problem.aligned else (UNALIGNED_TILES,)
     found = (replace(one, block_k=min(one.block_k, largest)) for one in tiles)
     return tuple(dict.fromkeys(found))
 
@@ -262,7 +291,7 @@ def _forced_choice(name: str, why: str, tiles: Tiles | None = None) -> Choice | 
     return Choice(name, why, tiles)
 
 
-SAME = ("group_size", "dtype", "zero", "table", "aligned")
+SAME = ("direction", "group_size", "dtype", "zero", "table", "aligned", "adapter", "dropout")
 NEAR = ("m", "n", "k")
 # Process-wide, as a forced backend is, and for its reason.
 _forced = _forced_choice(os.environ.get("PYFASTFT_INT4_ENGINE", ""), "PYFASTFT_INT4_ENGINE says so")

@@ -226,16 +226,22 @@ void store_rows(const Result& c, const float* tile, int64_t pitch, int64_t i, in
   }
 }
 
+// Transposed in registers, a square at a time.
 template <class T>
 void store_columns(const Result& c, const float* tile, int64_t pitch, int64_t i, int64_t j,
                    int rows, int columns) {
-  for (int column = 0; column < columns; ++column) {
-    T* to = static_cast<T*>(c.data) + (j + column) * c.column_stride + i;
-    for (int row = 0; row < rows; ++row) {
-      const float sum = tile[row * pitch + column];
-      to[row] = from_float<T>(c.accumulate ? sum + to_float(to[row]) : sum);
+  for (int row = 0; row < rows; row += kLanes)
+    for (int column = 0; column < columns; column += kLanes) {
+      const int n = int(lesser(kLanes, rows - row)), across = int(lesser(kLanes, columns - column));
+      Vec square[kLanes];
+#pragma GCC unroll 16
+      for (int at = 0; at < kLanes; ++at)
+        square[at] = at < n ? load(tile + (row + at) * pitch + column) : zero();
+      transpose(square);
+      T* to = static_cast<T*>(c.data) + (j + column) * c.column_stride + i + row;
+      for (int at = 0; at < across; ++at, to += c.column_stride)
+        store(to, c.accumulate ? add(square[at], load(to, n)) : square[at], n);
     }
-  }
 }
 
 // Where C goes: C-contiguous rows, or its transpose.
@@ -506,7 +512,7 @@ inline void gemm(int64_t rows, int64_t columns, const Product* products, int cou
       const int64_t row_blocks = ceil_div(row_strips, kBlockRows / strip_height);
       const int64_t most_columns = g.few_rows ? Workspace::kTile / kFewRows : kBlockColumns;
       int64_t column_blocks = ceil_div(g.columns.count(), most_columns / kLanes);
-      const int64_t tasks = (g.few_rows ? 2 : 4) * threads;
+      const int64_t tasks = (g.few_rows ? 1 : 4) * threads;
       if (threads > 1) column_blocks = greater(column_blocks, ceil_div(tasks, row_blocks));
       while (row_blocks * column_blocks % threads && row_blocks * column_blocks < 16 * threads)
         ++column_blocks;

@@ -11,6 +11,21 @@ constexpr uint32_t kAllLanes = uint32_t((uint64_t(1) << kLanes) - 1);
 
 #define FT_INLINE inline __attribute__((always_inline))
 
+// The address sanitizer does not see masked loads and stores: it is shown both ends of what they
+// reach.
+template <class T>
+FT_INLINE void show(const T* p, int n) {
+#if defined(__SANITIZE_ADDRESS__)
+  if (n <= 0) return;
+  const volatile char* bytes = reinterpret_cast<const volatile char*>(p);
+  (void)bytes[0];
+  (void)bytes[n * int(sizeof(T)) - 1];
+#else
+  (void)p;
+  (void)n;
+#endif
+}
+
 #if FT_LANES == 16
 
 using Vec = __m512;
@@ -26,21 +41,31 @@ FT_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 FT_INLINE Vec sub_product(Vec c, Vec a, Vec b) { return _mm512_fnmadd_ps(a, b, c); }
 
 FT_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
-FT_INLINE Vec load(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
-FT_INLINE __m512i load_halves(const void* p, int n) {
+FT_INLINE Vec load(const float* p, int n) {
+  show(p, n);
+  return _mm512_maskz_loadu_ps(first_lanes(n), p);
+}
+template <class T>
+FT_INLINE __m512i load_halves(const T* p, int n) {
+  show(p, n);
   return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p));
 }
 FT_INLINE Vec load(const bf16* p, int n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(load_halves(p, n), 16));
 }
 FT_INLINE Vec load(const fp16* p, int n) {
+  show(p, n);
   const __m256i halves = _mm256_maskz_loadu_epi16(first_lanes(n), p);
   return _mm512_maskz_cvtph_ps(first_lanes(n), halves);
 }
 
 FT_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
-FT_INLINE void store(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
+FT_INLINE void store(float* p, Vec v, int n) {
+  show(p, n);
+  _mm512_mask_storeu_ps(p, first_lanes(n), v);
+}
 FT_INLINE void store(bf16* p, Vec v, int n) {
+  show(p, n);
   const __m512i u = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   const __m512i even = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
@@ -50,6 +75,7 @@ FT_INLINE void store(bf16* p, Vec v, int n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtepi32_epi16(bits));
 }
 FT_INLINE void store(fp16* p, Vec v, int n) {
+  show(p, n);
   const __m256i bits = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   _mm256_mask_storeu_epi16(p, first_lanes(n), bits);
 }
@@ -117,6 +143,7 @@ FT_INLINE void store_halves(void* p, __m128i v, int n) {
 
 FT_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
 FT_INLINE Vec load(const float* p, int n) {
+  show(p, n);
   return n == kLanes ? load(p) : _mm256_maskload_ps(p, first_lanes(n));
 }
 FT_INLINE Vec load(const bf16* p, int n) {
@@ -126,6 +153,7 @@ FT_INLINE Vec load(const fp16* p, int n) { return _mm256_cvtph_ps(load_halves(p,
 
 FT_INLINE void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 FT_INLINE void store(float* p, Vec v, int n) {
+  show(p, n);
   n == kLanes ? store(p, v) : _mm256_maskstore_ps(p, first_lanes(n), v);
 }
 FT_INLINE void store(bf16* p, Vec v, int n) {

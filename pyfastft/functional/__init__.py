@@ -10,6 +10,7 @@ from pyfastft.functional.conv import lora_conv
 from pyfastft.functional.dora import dora_linear, dora_norm, scale_columns
 from pyfastft.functional.embedding import lora_embedding
 from pyfastft.functional.int4 import int4_dequantize, int4_linear, int4_lora_linear
+from pyfastft.functional.int4_conv import int4_conv, int4_lora_conv
 from pyfastft.functional.int8 import int8_linear
 from pyfastft.functional.linear import lora_linear, pack_weight, unpack_weight
 from pyfastft.functional.masked import (
@@ -30,11 +31,13 @@ __all__ = [
     "dora_norm",
     "fake_quantize4",
     "hqq_quantize",
+    "int4_conv",
     "int4_conv2d_a4",
     "int4_dequantize",
     "int4_linear",
     "int4_linear_a4",
     "int4_linear_a8",
+    "int4_lora_conv",
     "int4_lora_linear",
     "int8_linear",
     "lora_adapters",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from pyfastft.functional._arguments import as_scaling
 from pyfastft.functional.linear import lora_linear
 from pyfastft.ops.lora._operands import wide
 
-_CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the weight's dimensions
+CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the weight's dimensions
 
 
 def lora_conv(
@@ -73,29 +74,67 @@ def lora_conv(
     _expect_operands(x, weight, lora_a, lora_b, bias, p, groups, padding_mode)
     dims = weight.dim() - 2
     drops = dropout_threshold(p) > 0
-    if weight.shape[2:].numel() == 1 and groups == 1 and not any(_sides(padding, 1, [1] * dims)):
-        strides = _each(stride, dims)
+    if is_pointwise(weight.shape[2:], padding, groups):
         channels_last = not x.is_contiguous() and x.movedim(-dims - 1, -1).is_contiguous()
-        if drops or channels_last or max(strides) > 1:
-            for dim, step in enumerate(strides, -dims):
-                x = x if step == 1 else x.movedim(dim, 0)[::step].movedim(0, dim)
+        if drops or channels_last or max(each(stride, dims)) > 1:
+            x = every(x, stride, dims)
             factors = (weight.flatten(1), lora_a.flatten(1), lora_b.flatten(1))
             rows = x.movedim(-dims - 1, -1)
             y = lora_linear(rows, *factors, bias=bias, scaling=scaling, p=p)
             y = y.movedim(-1, -dims - 1)
             return y if channels_last else y.contiguous()
-    convolve: Any = _CONVOLUTIONS[dims + 2]
-    dropped = F.dropout(x, p) if drops else x
+    x, dropped, padding = prepared(x, p, padding, dilation, weight.shape[2:], padding_mode)
+    place = (stride, padding, dilation)
+    convolve: Any = CONVOLUTIONS[dims + 2]
+    y = convolve(x, weight, bias, *place, groups)
+    return updated(y, dropped, lora_a, lora_b, as_scaling(scaling, x), place, groups)
+
+
+def is_pointwise(kernel: Sequence[int], padding: int | str | Sequence[int], groups: int) -> bool:
+    """Whether a convolution is a linear layer over the channels of every place."""
+    return math.prod(kernel) == 1 and groups == 1 and not any(_sides(padding, 1, kernel))
+
+
+def every(x: torch.Tensor, stride: int | Sequence[int], dims: int) -> torch.Tensor:
+    """The places of x that a kernel of 1 visits."""
+    for dim, step in enumerate(each(stride, dims), -dims):
+        x = x if step == 1 else x.movedim(dim, 0)[::step].movedim(0, dim)
+    return x
+
+
+def prepared(
+    x: torch.Tensor,
+    p: float,
+    padding: int | str | Sequence[int],
+    dilation: int | Sequence[int],
+    kernel: Sequence[int],
+    padding_mode: str,
+) -> tuple[torch.Tensor, torch.Tensor, int | str | Sequence[int]]:
+    """x for the base and for A, dropped and padded, and the padding that is left to do."""
+    dropped = F.dropout(x, p) if dropout_threshold(p) > 0 else x
     if padding_mode != "zeros":
-        sides = _sides(padding, dilation, weight.shape[2:])
+        sides = _sides(padding, dilation, kernel)
         same = dropped is x
         x = F.pad(x, sides, mode=padding_mode)
         dropped = x if same else F.pad(dropped, sides, mode=padding_mode)
         padding = 0
-    place = (stride, padding, dilation)
-    y = convolve(x, weight, bias, *place, groups)
-    s = convolve(dropped.to(lora_a.dtype), lora_a, None, *place)
-    b = lora_b.flatten(1) * as_scaling(scaling, x).to(lora_b.dtype)
+    return x, dropped, padding
+
+
+def updated(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    place: tuple[Any, ...],
+    groups: int,
+) -> torch.Tensor:
+    """y + s B (x * A), for x as :func:`prepared` gives it; ``place`` is how a kernel moves."""
+    dims = lora_a.dim() - 2
+    convolve: Any = CONVOLUTIONS[dims + 2]
+    s = convolve(x.to(lora_a.dtype), lora_a, None, *place)
+    b = lora_b.flatten(1) * scaling.to(lora_b.dtype)
     return _add_update(y, s, b, groups, dims)
 
 
@@ -108,7 +147,7 @@ def _add_update(
     """
     if y.dtype is not s.dtype or not y.is_contiguous():
         kernel = b.view(*b.shape, *(1,) * dims)
-        return (y + _CONVOLUTIONS[dims + 2](s, kernel, groups=groups)).to(y.dtype)
+        return (y + CONVOLUTIONS[dims + 2](s, kernel, groups=groups)).to(y.dtype)
     n, r = b.shape
     size = y.shape[-dims:].numel()
     leading = y.shape[: -dims - 1]
@@ -117,7 +156,7 @@ def _add_update(
     return torch.baddbmm(y.view(b.shape[0], n // groups, size), b, update).view(y.shape)
 
 
-def _each(value: int | Sequence[int], dims: int) -> list[int]:
+def each(value: int | Sequence[int], dims: int) -> list[int]:
     """One for every dimension, as torch's convolutions read it."""
     values = [value] if isinstance(value, int) else list(value)
     return values * dims if len(values) == 1 else values
@@ -128,7 +167,7 @@ def _sides(
 ) -> list[int]:
     """What F.pad takes: left and right of every dimension, the last first."""
     dims = len(kernel)
-    dilations = _each(dilation, dims)
+    dilations = each(dilation, dims)
     if padding == "valid":
         padding = 0
     sides: list[int] = []
@@ -139,8 +178,27 @@ def _sides(
         elif isinstance(padding, str):
             reject("lora_conv", "padding", "'same', 'valid' or sizes", repr(padding))
         else:
-            sides += [_each(padding, dims)[i]] * 2
+            sides += [each(padding, dims)[i]] * 2
     return sides
+
+
+def expect_adapter(
+    op: str,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    n: int,
+    kernel: tuple[int, ...],
+    groups: int,
+) -> None:
+    """A and B beside a convolution to N channels, A's kernel with the channels before it."""
+    if lora_a.dim() != len(kernel) + 1 or lora_a.shape[1:] != kernel:
+        expect_shape(op, "lora_a", lora_a, ("R", *kernel), "to match weight")
+    r = lora_a.shape[0]
+    if r < 1 or r % groups:
+        reject(op, "lora_a", f"a rank of at least 1 and a multiple of groups = {groups}", r)
+    if lora_b.dim() < 2 or lora_b.shape != (n, r // groups, *(1,) * (lora_b.dim() - 2)):
+        expect_shape(op, "lora_b", lora_b, (n, r // groups), "to match weight and lora_a")
+    expect_dtype(op, "lora_b", lora_b, (lora_a.dtype,), "to match lora_a")
 
 
 def _expect_operands(
@@ -156,25 +214,18 @@ def _expect_operands(
     op = "lora_conv"
     expect_dense(op, None, x=x)
     expect_dense(op, x.device, weight=weight, lora_a=lora_a, lora_b=lora_b)
-    if weight.dim() not in _CONVOLUTIONS:
+    if weight.dim() not in CONVOLUTIONS:
         reject(op, "weight", "shape (N, K / groups, *kernel)", tuple(weight.shape))
     if groups < 1 or weight.shape[0] % groups:
         reject(op, "groups", f"a divisor of {weight.shape[0]}", groups)
     n, k, kernel = weight.shape[0], weight.shape[1] * groups, weight.shape[2:]
     if x.dim() not in (weight.dim() - 1, weight.dim()):
         reject(op, "x", f"shape (..., {k}, *size)", tuple(x.shape), because="to match weight")
-    if lora_a.dim() != weight.dim() or lora_a.shape[1:] != (k, *kernel):
-        expect_shape(op, "lora_a", lora_a, ("R", k, *kernel), "to match weight")
-    r = lora_a.shape[0]
-    if r < 1 or r % groups:
-        reject(op, "lora_a", f"a rank of at least 1 and a multiple of groups = {groups}", r)
-    if lora_b.dim() < 2 or lora_b.shape != (n, r // groups, *(1,) * (lora_b.dim() - 2)):
-        expect_shape(op, "lora_b", lora_b, (n, r // groups), "to match weight and lora_a")
+    expect_adapter(op, lora_a, lora_b, n, (k, *kernel), groups)
     if not torch.is_autocast_enabled(x.device.type):
         expect_dtype(op, "x", x, FLOATS)
         expect_dtype(op, "weight", weight, (x.dtype,), "to match x")
         expect_dtype(op, "lora_a", lora_a, (x.dtype, wide(x.dtype)), "beside x")
-    expect_dtype(op, "lora_b", lora_b, (lora_a.dtype,), "to match lora_a")
     if bias is not None:
         expect_dense(op, x.device, bias=bias)
         expect_shape(op, "bias", bias, (n,), "to match the rows of weight")

@@ -95,6 +95,8 @@ class Stages(Protocol):
 
 # A base product of another kind than torch's GEMM: writes its first argument, a matrix.
 Base = Callable[[torch.Tensor, torch.Tensor], None]
+# The same with the operands of the stage dx by their names, which it adds in the same go.
+BaseDx = Callable[..., None]
 
 
 def matrix_rows(tensor: torch.Tensor, columns: int) -> torch.Tensor:
@@ -308,10 +310,12 @@ def backward(
     need: Sequence[bool],
     *,
     base: Base | None = None,
+    base_dx: BaseDx | None = None,
 ) -> None:
     """lora_linear_backward; computes what ``need`` (x, W, A, B, b, s, g) asks for and no more.
 
-    ``base(dx, grad)``, for a weight that is None, computes the base's share of dx.
+    ``base(dx, grad)``, for a weight that is None, computes the base's share of dx; or, where no
+    size is zero, ``base_dx(dx, grad, ...)`` all of it.
     """
     n, r = lora_b.shape
     k = lora_a.shape[1]
@@ -327,7 +331,9 @@ def backward(
     choice = choose("backward", grad, weight, lora_a, threshold)
     if need_x:
         dx = dx.view(m, k)
-        if base is not None:
+        if base_dx is not None:
+            pass  # below, where t is known
+        elif base is not None:
             base(dx, grad)
         elif weight is None:
             dx.zero_()
@@ -387,7 +393,9 @@ def backward(
         "rng": rng,
         "threshold": threshold,
     }
-    if choice.engine == "gemm":
+    if base_dx is not None:
+        base_dx(dx, grad, **low_rank)
+    elif choice.engine == "gemm":
         stages.dx(dx=dx, **low_rank)
     else:
         fused: Any = _fused()

@@ -49,6 +49,17 @@ class Weight:
         return Weight(self.codes[part], self.scale[part], zero, *sizes)
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """s dropout(t A), which comes to dX: as of a stage of ``_torch_gemm.py``."""
+
+    t: torch.Tensor
+    lora_a: torch.Tensor
+    scaling: torch.Tensor
+    rng: torch.Tensor | None
+    threshold: int
+
+
 class Int4Kernels(Protocol):
     """What a backend supplies, on tensors of one device; no size is zero."""
 
@@ -78,6 +89,18 @@ class Int4Kernels(Protocol):
     ) -> None:
         """y = x W^T + b by an engine other than panels; x has unit column stride, the bias is
         contiguous, and K is cut into ``splits`` parts where the engine lets itself be told."""
+
+    def input_gradient(
+        self,
+        choice: Any,
+        *,
+        dx: torch.Tensor,
+        grad: torch.Tensor,
+        weight: Weight,
+        low_rank: LowRank | None,
+    ) -> None:
+        """dx = grad W + the low-rank term, in the order of the codes, by an engine other than
+        panels; grad has unit column stride and dx is contiguous."""
 
 
 @functools.cache
@@ -115,22 +138,43 @@ def why_packed(packed: torch.Tensor | None) -> str | None:
 # -- which engine ----------------------------------------------------------------------------------
 
 
-def problem_of(x: torch.Tensor, weight: Weight) -> _int4_engine.Problem:
-    """The forward product of a matrix x as the plan sees it."""
+def problem_of(
+    lead: torch.Tensor,
+    weight: Weight,
+    *,
+    direction: str = "forward",
+    adapter: str = "",
+    dropout: bool = False,
+) -> _int4_engine.Problem:
+    """The product of a matrix x, or dY, as the plan sees it."""
     zero = "none"
     if weight.zero is not None:
         zero = "float" if weight.zero.is_floating_point() else "uint8"
-    rows = (x.stride(0) * x.element_size(), -(-weight.k // 2), x.data_ptr())
+    rows = (lead.stride(0) * lead.element_size(), -(-weight.k // 2), lead.data_ptr())
     return _int4_engine.Problem(
-        m=x.shape[0],
+        m=lead.shape[0],
         n=weight.n,
         k=weight.k,
         group_size=weight.group_size,
-        dtype=name_of(x.dtype),
+        dtype=name_of(lead.dtype),
         zero=zero,
         table=weight.table is not None,
         aligned=all(place % 16 == 0 for place in (*rows, weight.codes.data_ptr())),
+        direction=direction,
+        adapter=adapter,
+        dropout=dropout,
     )
+
+
+def _choose_gradient(
+    engines: Sequence[str], grad: torch.Tensor, weight: Weight, **term: Any
+) -> _int4_engine.Choice:
+    """The engine for dX of a matrix dY; ``term`` says what low-rank term comes to it."""
+    problem = problem_of(grad, weight, direction="backward", **term)
+    return _int4_engine.plan(problem, device_name(grad.device), engines)
+
+
+_NO_PRODUCT = "panels: there is no product"
 
 
 def explain_forward(
@@ -139,16 +183,41 @@ def explain_forward(
     codes: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor | None,
-    group_size: int,
-    codebook: str,
+    *rest: Any,
 ) -> str:
-    """Which engine a forward would run on, and why."""
+    """Which engine a forward of these arguments would run on, and why."""
     k = x.shape[-1]
     x = matrix_rows(x, k)
     if x.shape[0] == 0 or codes.numel() == 0:
-        return "panels: there is no product"
+        return _NO_PRODUCT
+    *_, group_size, codebook = rest
     weight = weight_of(codes, scale, zero, k, group_size, codebook)
     choice = _int4_engine.plan(problem_of(x, weight), device_name(x.device), engines)
+    return f"{choice.engine}: {choice.why}"
+
+
+def explain_gradient(
+    engines: Sequence[str],
+    grad: torch.Tensor,
+    x: torch.Tensor | None,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    *rest: Any,
+) -> str:
+    """Which engine dX of these arguments, of either backward, would run on, and why."""
+    *operands, group_size, codebook, need = rest
+    term: dict[str, Any] = {}
+    if len(operands) > 3:
+        lora_a, _, _, _, p, rng, _, _ = operands
+        k, term = lora_a.shape[1], low_rank_term(lora_a, p, rng)
+    else:
+        _, _, k = operands
+    grad = matrix_rows(grad, codes.shape[0])
+    if not need[0] or grad.numel() == 0 or k == 0:
+        return _NO_PRODUCT
+    weight = weight_of(codes, scale, zero, k, group_size, codebook)
+    choice = _choose_gradient(engines, grad, weight, **term)
     return f"{choice.engine}: {choice.why}"
 
 
@@ -225,6 +294,7 @@ def forward(
 
 def input_gradient(
     kernels: Int4Kernels,
+    choice: _int4_engine.Choice,
     dx: torch.Tensor,
     grad: torch.Tensor,
     weight: Weight,
@@ -232,6 +302,12 @@ def input_gradient(
 ) -> None:
     """dx (M, K) = grad W. A panel has all rows of W and some columns, so that each element of dx is
     one sum, rounded once."""
+    if choice.engine != "panels":
+        out = dx if perm is None else torch.empty_like(dx)
+        kernels.input_gradient(choice, dx=out, grad=grad, weight=weight, low_rank=None)
+        if perm is not None:
+            dx.index_copy_(1, perm.long(), out)
+        return
     width = _int4_engine.panel_width(weight.k, weight.n, grad.element_size())
     for first in range(0, weight.k, width):
         columns = min(width, weight.k - first)
@@ -344,9 +420,12 @@ def _dx(
     grad: torch.Tensor,
     weight: Weight,
     perm: torch.Tensor | None,
+    choice: _int4_engine.Choice | None = None,
 ) -> None:
+    """dx = grad W, whatever size is zero; by the engine chosen, or one to be chosen."""
     if dx.numel() and weight.n:
-        input_gradient(kernels, dx, grad, weight, perm)
+        choice = choice or _choose_gradient(kernels.engines, grad, weight)
+        input_gradient(kernels, choice, dx, grad, weight, perm)
     else:
         dx.zero_()
 
@@ -416,11 +495,29 @@ def adapted_backward(
     grids = (dscale if need[1] else None, dzero if need[2] else None)
     _base_gradients(kernels, *grids, matrix_rows(grad, weight.n), x, weight, perm)
 
-    def base(out: torch.Tensor, rows: torch.Tensor) -> None:
-        _dx(kernels, out, rows, weight, perm)
+    choice = None
+    term = low_rank_term(lora_a, p, rng)
+    grad = matrix_rows(grad, weight.n)
+    if need[0] and grad.numel() and weight.k:
+        choice = _choose_gradient(kernels.engines, grad, weight, **term)
 
+    def base(out: torch.Tensor, rows: torch.Tensor) -> None:
+        _dx(kernels, out, rows, weight, perm, choice)
+
+    def with_low_rank(dx: torch.Tensor, grad: torch.Tensor, **low_rank: Any) -> None:
+        term = LowRank(**low_rank)
+        kernels.input_gradient(choice, dx=dx, grad=grad, weight=weight, low_rank=term)
+
+    # Its columns are A's, in their own order.
+    whole = choice is not None and choice.engine != "panels" and perm is None
     none = grad.new_empty(0)
     outputs = (dx, none, dlora_a, dlora_b, dbias, dscaling, none)
     adapter = (lora_a, lora_b, xa, scaling, p, rng)
     wanted = (need[0], False, need[3], need[4], need[5], need[6], False)
-    lora_backward(stages, *outputs, grad, x, None, *adapter, None, None, None, wanted, base=base)
+    operands = (*outputs, grad, x, None, *adapter, None, None, None, wanted)
+    lora_backward(stages, *operands, base=base, base_dx=with_low_rank if whole else None)
+
+
+def low_rank_term(lora_a: torch.Tensor, p: float, rng: torch.Tensor | None) -> dict[str, Any]:
+    """A low-rank term as :func:`problem_of` takes it."""
+    return {"adapter": name_of(lora_a.dtype), "dropout": rng is not None and p > 0}

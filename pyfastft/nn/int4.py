@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from pyfastft.functional import int4_linear
+from pyfastft.functional import int4_conv, int4_linear
 from pyfastft.nn._int4_weight import Int4Weight
 from pyfastft.nn.lora import LoRALinear
 from pyfastft.quantization.tensor import QTensor4
@@ -113,13 +113,15 @@ class _Int4Conv(Int4Weight):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As the class says."""
-        return self._conv_forward(x, self._dense(x.dtype), self.bias)
-
-    def _conv_forward(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        kind: Any = self.KIND
-        return kind._conv_forward(self, x, weight, bias)
+        return int4_conv(
+            x,
+            self.codes,
+            self.scales,
+            kernel_size=self._shape[2:],
+            bias=self.bias,
+            **self._operands(),
+            **conv_options(self),
+        )
 
     def extra_repr(self) -> str:
         """The convolution's own description, and the weight's kind."""
@@ -132,8 +134,9 @@ class Int4Conv1d(_Int4Conv):
 
     .. math:: y = x * W + b
 
-    W (N, C / groups, \*kernel) is a matrix of N rows in codes, and made dense in x's dtype at every
-    call. It is frozen: a gradient goes to x and to the bias.
+    W (N, C / groups, \*kernel) is a matrix of N rows in codes, of which panels are made dense in
+    x's dtype at every call and in its backward, see :func:`pyfastft.functional.int4_conv`. It is
+    frozen: a gradient goes to x and to the bias.
 
     Args:
         module: the convolution to stand in for: its options, and its bias, which is kept.
@@ -156,6 +159,12 @@ class Int4Conv3d(_Int4Conv):
     """``nn.Conv3d`` over a 4-bit weight, see :class:`Int4Conv1d`."""
 
     KIND = nn.Conv3d
+
+
+def conv_options(module: nn.Module) -> dict[str, Any]:
+    """How a convolution moves, as the functions take it."""
+    names = ("stride", "padding", "dilation", "groups", "padding_mode")
+    return {name: getattr(module, name) for name in names}
 
 
 _CONVS: tuple[type[_Int4Conv], ...] = (Int4Conv1d, Int4Conv2d, Int4Conv3d)

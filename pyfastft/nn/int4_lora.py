@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyfastft.functional import int4_linear, int4_lora_linear
+from pyfastft.functional import int4_conv, int4_linear, int4_lora_conv, int4_lora_linear
 from pyfastft.nn._int4_weight import BUFFERS, Int4Weight
 from pyfastft.nn._layer import LoRALayer, why_not_kind
 from pyfastft.nn.conv import LoRAConv
@@ -100,20 +100,47 @@ class LoRAInt4Linear(_OverInt4):  # type: ignore[misc]
         )
 
 
-class LoRAInt4Conv1d(_OverInt4, LoRAConv):  # type: ignore[misc]
-    """A 4-bit ``nn.Conv1d`` with a low-rank adapter: :class:`LoRAConv1d` over the weight made dense
-    at every call; see :class:`LoRAInt4Linear`."""
+class _LoRAInt4Conv(_OverInt4, LoRAConv):  # type: ignore[misc]
+    def _plain(self, x: torch.Tensor) -> torch.Tensor:
+        return int4_conv(
+            x,
+            self.codes,
+            self.scales,
+            kernel_size=self._shape[2:],
+            bias=self.bias,
+            **self._operands(),
+            **self.options,
+        )
+
+    def _adapted(self, x: torch.Tensor, p: float) -> torch.Tensor:
+        return int4_lora_conv(
+            x,
+            self.codes,
+            self.scales,
+            self.lora_a,
+            self.lora_b,
+            bias=self._whole_bias(),
+            scaling=self.scaling,
+            p=p,
+            **self._operands(),
+            **self.options,
+        )
+
+
+class LoRAInt4Conv1d(_LoRAInt4Conv):
+    """A 4-bit ``nn.Conv1d`` with a low-rank adapter, see
+    :func:`pyfastft.functional.int4_lora_conv` and :class:`LoRAInt4Linear`."""
 
     KINDS = (Int4Conv1d,)
 
 
-class LoRAInt4Conv2d(_OverInt4, LoRAConv):  # type: ignore[misc]
+class LoRAInt4Conv2d(_LoRAInt4Conv):
     """A 4-bit ``nn.Conv2d`` with a low-rank adapter, see :class:`LoRAInt4Conv1d`."""
 
     KINDS = (Int4Conv2d,)
 
 
-class LoRAInt4Conv3d(_OverInt4, LoRAConv):  # type: ignore[misc]
+class LoRAInt4Conv3d(_LoRAInt4Conv):
     """A 4-bit ``nn.Conv3d`` with a low-rank adapter, see :class:`LoRAInt4Conv1d`."""
 
     KINDS = (Int4Conv3d,)

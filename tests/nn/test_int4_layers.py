@@ -193,12 +193,19 @@ def test_it_compiles_whole(adapted: bool) -> None:
         assert float((inputs[0].grad - inputs[1].grad).abs().max()) < 1e-5
 
 
-def test_convolutions_compile_whole() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
-    ft.quantize(model, ft.PTQ4(targets=["0"]))
+@pytest.mark.parametrize("adapted", [False, True])
+def test_convolutions_compile_whole(adapted: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    ft.quantize(model, ft.PTQ4(targets=["0", "2"]))
+    if adapted:
+        ft.convert(model, ft.LoRA(r=2, targets=["0", "2"], init="random"))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    x = torch.randn(2, 3, 6, 6)
-    assert float((compiled(x) - model(x)).abs().max()) < 1e-6
+    inputs = [torch.linspace(-1, 1, 216).view(2, 3, 6, 6).requires_grad_() for _ in range(2)]
+    outputs = [m(x) for m, x in zip((model, compiled), inputs, strict=True)]
+    assert float((outputs[0] - outputs[1]).abs().max()) < 1e-6
+    for output in outputs:
+        output.square().sum().backward()
+    assert float((inputs[0].grad - inputs[1].grad).abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("adapted", [False, True])

@@ -191,17 +191,18 @@ def test_convolutions(dimensions: int, groups: int) -> None:
     ft.quantize(model, config, keep_original="cpu")
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     outputs = [m(i) for m, i in zip((model, expected), inputs, strict=True)]
-    assert_exact(*outputs, "the output")
+    # A kernel of 1 is a linear layer in 4 bits: the same sums in another order.
+    torch.testing.assert_close(*outputs)
     for output in outputs:
         output.square().sum().backward()
-    assert_exact(inputs[0].grad, inputs[1].grad, "dx")
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
 
     if groups == 1:
         torch.manual_seed(1)
         ft.convert(model, ft.LoRA(r=2, targets=["0", "2"], init="random"))
         torch.manual_seed(1)
         ft.convert(expected, ft.LoRA(r=2, targets=["0", "2"], init="random"))
-        assert_exact(model(x), expected(x), "with adapters")
+        torch.testing.assert_close(model(x), expected(x))
         ft.revert(model)
     ft.revert(model)
     assert_exact(model(x), y, "the output")

@@ -6,7 +6,8 @@ Runs as its own process, without TRITON_INTERPRET: see test_compile_only.py.
 Each argument is a comma-separated list, e.g. ``80,90 aligned bf16-bf16,fp32-fp32 16,128 stages``;
 KERNELS are ``stages``, ``products`` with all tiles that they may have, ``product`` with the first
 of them, ``methods``, of the ops beside lora_linear, or of 4-bit weights, for which the ranks stand
-for the size of a group, ``int4``, ``int4-narrow`` with the tiles that fit sm_80, or ``int4-first``.
+for the size of a group, ``int4``, ``int4-narrow`` with the tiles that fit sm_80, or ``int4-first``,
+and the same of dX, ``int4-dx``.
 What is compiled is what the launchers launch: they run on tensors without data, their launches are
 recorded, and Triton's rules for specialising arguments are applied to those.
 """
@@ -33,11 +34,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import pyfastft.ops  # noqa: F401  the operators, before their implementations
 from pyfastft.native._torch_gemm_lists import Masks
-from pyfastft.native._torch_int4 import Weight
+from pyfastft.native._torch_int4 import LowRank, Weight
 from pyfastft.triton_kernels import _engine, _int4_engine
 from pyfastft.triton_kernels._plan import Device
 from pyfastft.triton_kernels.lora import _fused, _stages, abs_row_sums, dora, projections
-from pyfastft.triton_kernels.ptq4 import _kernels
+from pyfastft.triton_kernels.ptq4 import _gradient, _kernels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 POINTERS = {
@@ -161,21 +162,11 @@ def run_methods(o: Operands) -> None:
 
 def run_int4(o: Operands, *, every: bool, wide: bool = True) -> None:
     """W from its codes, and products that unpack them; zeros and scales of every kind."""
-    (_, n, k), group = o.size, o.rank
-    groups = -(-k // group)
-
-    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    codes, perm = empty(n, -(-k // 2), dtype=torch.uint8), empty(k, dtype=torch.int32)
-    scales = (empty(n, groups, dtype=torch.float32), empty(n, groups, dtype=torch.bfloat16))
-    table = empty(16, dtype=torch.float32)
-    zeros = (None, empty(n, groups, dtype=torch.uint8), scales[0])
-    weights = [Weight(codes, scales[0], zero, None, k, group) for zero in zeros]
-    weights += [Weight(codes, scale, None, table, k, group) for scale in scales]
+    (_, _, k), group = o.size, o.rank
+    weights = int4_weights(o)
     for weight in weights if every else weights[1::2]:
-        _kernels.dequantize(empty(n, k, dtype=o.x.dtype), weight)
-        _kernels.dequantize(empty(n, 64, dtype=o.x.dtype), weight, first=64)
+        _kernels.dequantize(o.weight, weight)
+        _kernels.dequantize(o.weight[:, :64], weight, first=64)
         problem = _int4_engine.Problem(
             *(*o.size, group, str(o.x.dtype).removeprefix("torch."), "any"),
             table=weight.table is not None,
@@ -197,10 +188,55 @@ def run_int4(o: Operands, *, every: bool, wide: bool = True) -> None:
                     tiles=one,
                     multiprocessors=multiprocessors,
                 )
-    _kernels.dequantize(empty(n, k, dtype=o.x.dtype), weights[0], perm=perm)
+    perm = torch.empty(k, dtype=torch.int32, device="meta")
+    _kernels.dequantize(o.weight, weights[0], perm=perm)
+
+
+def run_int4_gradient(o: Operands, *, every: bool, wide: bool = True) -> None:
+    """dX from the codes: with a low-rank term of which elements are dropped, by every tile; by the
+    first without dropping, without the term, and in parts."""
+    weights = int4_weights(o)
+    a, t = o.a[:16], o.t[:, :16].contiguous()
+    terms = [LowRank(t, a, o.scaling, o.rng, 6554), LowRank(t, a, o.scaling, None, 0)]
+    for weight in weights[1:4:2] if every else weights[3:4]:
+        problem = _int4_engine.Problem(
+            *(*o.size, o.rank, str(o.x.dtype).removeprefix("torch."), "any"),
+            table=weight.table is not None,
+            aligned=o.size[2] % 32 == 0,
+            direction="backward",
+        )
+        if _int4_engine.why_not("product", problem):
+            continue
+        tiles = _int4_engine.candidates("product", problem)
+        operands = {"dx": o.x, "grad": o.y, "weight": weight}
+        for one in tiles if every else tiles[:1]:
+            if wide or not one.wide:
+                more = {"low_rank": terms[0], "multiprocessors": 1}
+                _gradient.input_gradient(**operands, **more, tiles=one)
+        for number, term in ((1, terms[1]), (1, None), (100_000, None)):
+            more = {"low_rank": term, "multiprocessors": number}
+            _gradient.input_gradient(**operands, **more, tiles=tiles[0])
+
+
+def int4_weights(o: Operands) -> list[Weight]:
+    """Zeros and scales of every kind; the rank is the size of a group."""
+    (_, n, k), group = o.size, o.rank
+    groups = -(-k // group)
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    codes, table = empty(n, -(-k // 2), dtype=torch.uint8), empty(16, dtype=torch.float32)
+    scales = (empty(n, groups, dtype=torch.float32), empty(n, groups, dtype=torch.bfloat16))
+    zeros = (None, empty(n, groups, dtype=torch.uint8), scales[0])
+    weights = [Weight(codes, scales[0], zero, None, k, group) for zero in zeros]
+    return weights + [Weight(codes, scale, None, table, k, group) for scale in scales]
 
 
 RUNS = {
+    "int4-dx": functools.partial(run_int4_gradient, every=True),
+    "int4-dx-narrow": functools.partial(run_int4_gradient, every=True, wide=False),
+    "int4-dx-first": functools.partial(run_int4_gradient, every=False),
     "int4": functools.partial(run_int4, every=True),
     "int4-narrow": functools.partial(run_int4, every=True, wide=False),
     "int4-first": functools.partial(run_int4, every=False),
@@ -214,7 +250,7 @@ RUNS = {
 def record_launches(operands: Operands, kernels: str) -> list:
     """What one of RUNS launches."""
     launches: list = []
-    for module in (_stages, _fused, abs_row_sums, dora, projections, _kernels):
+    for module in (_stages, _fused, abs_row_sums, dora, projections, _kernels, _gradient):
         for name, value in vars(module).copy().items():
             if name.endswith("_kernel"):
                 kernel = value.kernel if isinstance(value, Recorder) else value

@@ -37,6 +37,7 @@ METHODS = {
     "_scale_columns_backward_kernel",
 }
 INT4 = {"_int4_dequantize_kernel", "_int4_product_kernel", "_int4_add_parts_kernel"}
+INT4_DX = {"_int4_gradient_kernel", "_int4_add_parts_kernel"}
 SUMS = {"_abs_row_sums_kernel", "_abs_row_sums_backward_kernel"}
 ACTIVATIONS = {
     "_quantize_kernel",
@@ -94,7 +95,8 @@ def check(rows: list[dict], kernels: set[str]) -> None:
 def test_launches_compile_without_spills() -> None:
     rows = compile_kernels("90", "aligned", "bf16-bf16", "16", "stages,product,methods")
     check(rows, STAGES | PRODUCTS | METHODS | SUMS)
-    check(compile_kernels("90", "aligned", "bf16-bf16", "128", "int4-first"), INT4)
+    rows = compile_kernels("90", "aligned", "bf16-bf16", "128", "int4-first,int4-dx-first")
+    check(rows, INT4 | INT4_DX)
 
 
 @pytest.mark.more
@@ -132,6 +134,23 @@ def test_4_bit_weights_compile_without_spills(alignment: str, precision: str) ->
     groups = "128,32,24" if every else "128,24"
     check(compile_kernels("80", alignment, precision, groups, "int4-narrow"), INT4)
     check(compile_kernels("90,100", alignment, precision, groups, "int4"), INT4)
+
+
+@pytest.mark.more
+@pytest.mark.parametrize(
+    ("alignment", "precision", "groups"),
+    [
+        ("aligned", "bf16-fp32", "128"),
+        ("aligned", "fp16-fp16", "128"),
+        ("aligned", "fp32-fp32", "128"),
+        ("odd", "bf16-fp32", "128,32"),
+    ],
+)
+def test_dx_of_4_bit_weights_compiles_without_spills(
+    alignment: str, precision: str, groups: str
+) -> None:
+    check(compile_kernels("80", alignment, precision, groups, "int4-dx-narrow"), INT4_DX)
+    check(compile_kernels("90,100", alignment, precision, groups, "int4-dx"), INT4_DX)
 
 
 def compile_activations(*arguments: str) -> list[dict]:

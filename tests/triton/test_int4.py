@@ -25,7 +25,7 @@ from pyfastft.testing.tolerance import assert_accurate, assert_exact
 from pyfastft.triton_kernels import _int4_engine
 from pyfastft.triton_kernels._common import INTERPRETED
 from pyfastft.triton_kernels._int4_engine import Problem, Tiles
-from pyfastft.triton_kernels.ptq4 import _kernels
+from pyfastft.triton_kernels.ptq4 import _engines, _kernels
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 FP32, BF16, FP16 = PRECISIONS[:3]
@@ -71,7 +71,7 @@ def test_parts_of_k_are_added_in_their_order(monkeypatch: pytest.MonkeyPatch) ->
     shape = Int4Shape("deep", (17,), 33, 300, 32, zero="uint8")
     args = arguments(shape, FP16, DEVICE)
     small_tiles(monkeypatch)
-    many = _kernels.TritonKernels
+    many = _engines.TritonKernels
     monkeypatch.setattr(many, "__init__", lambda self, device: setattr(self, "multiprocessors", 9))
     assert _int4_engine.parts_of(300, 32, 4, 9) == (2, 160)
     check(args, "product")

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from pyfastft.triton_kernels import _engine, _int4_engine
 from pyfastft.triton_kernels._common import INTERPRETED
 from pyfastft.triton_kernels._engine import Problem
 from pyfastft.triton_kernels.lora import _fused, _stages
-from pyfastft.triton_kernels.ptq4 import _kernels
+from pyfastft.triton_kernels.ptq4 import _gradient, _kernels
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 FORWARD = Problem("forward", 3, 16, 32, 2, "bfloat16", "bfloat16", dropout=True, aligned=True)
@@ -157,24 +158,29 @@ def test_every_problem_that_is_tuned_has_contenders(family: str, engines: set[st
         assert set(older) == {name for name in found if not name.endswith((" tma", " wide"))}
 
 
+@pytest.mark.parametrize(
+    "more", [{}, {"direction": "backward"}, {"direction": "backward", "adapter": "float32"}]
+)
 def test_4_bit_engines_are_measured_and_chosen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    more: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of another backend take no part."""
     fake = FakeClock()
 
-    def costs(name: str, seconds: float) -> None:
-        call = getattr(_kernels, name)
+    def costs(module: ModuleType, name: str, seconds: float) -> None:
+        call = getattr(module, name)
 
         def timed(*args: Any, **kwargs: Any) -> None:
             fake.now += seconds
             call(*args, **kwargs)
 
-        monkeypatch.setattr(_kernels, name, timed)
+        monkeypatch.setattr(module, name, timed)
 
-    costs("dequantize", 2.0)
-    costs("product", 1.0)
-    problem = _int4_engine.Problem(3, 64, 64, 32, "bfloat16", "uint8", table=False, aligned=True)
+    costs(_kernels, "dequantize", 2.0)
+    costs(_kernels, "product", 1.0)
+    costs(_gradient, "input_gradient", 1.0)
+    sizes = (3, 64, 64, 32, "bfloat16", "uint8")
+    problem = _int4_engine.Problem(*sizes, table=False, aligned=True, **more)
     assert run(fake, tmp_path / "table.json", [problem]) == []
     (row,) = rows(tmp_path / "table.json")
     assert row["engine"] == "product"

@@ -19,14 +19,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from pyfastft._random import dropout_scale
 from pyfastft.triton_kernels._common import DOT_TYPES, OPTIONS, device_of, dropout_keep
 from pyfastft.triton_kernels._engine import FUSED_RANKS, Tiles
-from pyfastft.triton_kernels.lora._stages import _masking
+from pyfastft.triton_kernels.lora._stages import masking
 
 # What changes from call to call: a kernel must not be compiled for these values.
 _VARYING = ["M", "threshold"]
 
 
 @triton.jit
-def _tile_of(pid, tiles_m, tiles_c, GROUP_M: tl.constexpr):
+def tile_of(pid, tiles_m, tiles_c, GROUP_M: tl.constexpr):
     """The tile of a program: GROUP_M rows of tiles at a time, column by column, so that what runs
     at once reads few tiles of either operand and finds them in L2."""
     per_group = GROUP_M * tiles_c
@@ -52,6 +52,53 @@ def _add_low_rank(acc, u, v, DOT: tl.constexpr, PIECES: tl.constexpr):
     else:
         acc = tl.dot(u.to(DOT), v, acc, input_precision="ieee")
     return acc
+
+
+@triton.jit
+def low_rank_tile(
+    u_ptr,
+    v_ptr,
+    scaling_ptr,
+    rng_ptr,
+    rows,
+    first_column,
+    M,
+    C,
+    R,
+    v_stride_r,
+    v_stride_c,
+    threshold,
+    scale,
+    DOT: tl.constexpr,
+    PIECES: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    GROUPED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """A tile of s * scale * select(u v), the mask that of the elements of a matrix (M, C): where
+    the sums of a product may start. u (M, R) is contiguous."""
+    columns = first_column + tl.arange(0, BLOCK_C).to(tl.int64)
+    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    # Short: not worth the memory of a pipeline.
+    for first_rank in tl.range(0, R, BLOCK_R, num_stages=1):
+        ranks = first_rank + tl.arange(0, BLOCK_R).to(tl.int64)
+        u = tl.load(
+            u_ptr + rows[:, None] * R + ranks[None, :],
+            mask=(rows < M)[:, None] & (ranks < R)[None, :],
+            other=0.0,
+        )
+        v = tl.load(
+            v_ptr + ranks[:, None] * v_stride_r + columns[None, :] * v_stride_c,
+            mask=(ranks < R)[:, None] & (columns < C)[None, :],
+            other=0.0,
+        )
+        acc = _add_low_rank(acc, u, v, DOT, PIECES)
+    if DROPOUT:
+        keep = dropout_keep(rng_ptr, rows, first_column, C, threshold, BLOCK_C, GROUPED)
+        acc = tl.where(keep, acc, 0.0)
+    return acc * (tl.load(scaling_ptr) * scale)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -96,32 +143,34 @@ def _lora_gemm_kernel(
     Relies on: a has unit column stride; u (M, R) and out are contiguous. With TMA a and w are
     descriptors, w's of the (C, D) matrix where it is W_TRANSPOSED; else they are pointers.
     """
-    tile_m, tile_c = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(C, BLOCK_C), GROUP_M)
+    tile_m, tile_c = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(C, BLOCK_C), GROUP_M)
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_column = tile_c * BLOCK_C
     columns = first_column + tl.arange(0, BLOCK_C).to(tl.int64)
     in_rows, in_columns = (rows < M)[:, None], (columns < C)[None, :]
 
-    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    # Short: not worth the memory of a pipeline.
-    for first_rank in tl.range(0, R, BLOCK_R, num_stages=1):
-        ranks = first_rank + tl.arange(0, BLOCK_R).to(tl.int64)
-        u = tl.load(
-            u_ptr + rows[:, None] * R + ranks[None, :],
-            mask=in_rows & (ranks < R)[None, :],
-            other=0.0,
-        )
-        v = tl.load(
-            v_ptr + ranks[:, None] * v_stride_r + columns[None, :] * v_stride_c,
-            mask=(ranks < R)[:, None] & in_columns,
-            other=0.0,
-        )
-        acc = _add_low_rank(acc, u, v, DOT, PIECES)
-    if DROPOUT:
-        keep = dropout_keep(rng_ptr, rows, first_column, C, threshold, BLOCK_C, GROUPED)
-        acc = tl.where(keep, acc, 0.0)
-    acc *= tl.load(scaling_ptr) * scale
-
+    acc = low_rank_tile(
+        u_ptr,
+        v_ptr,
+        scaling_ptr,
+        rng_ptr,
+        rows,
+        first_column,
+        M,
+        C,
+        R,
+        v_stride_r,
+        v_stride_c,
+        threshold,
+        scale,
+        DOT,
+        PIECES,
+        DROPOUT,
+        GROUPED,
+        BLOCK_M,
+        BLOCK_C,
+        BLOCK_R,
+    )
     if TMA:
         for first in range(0, D, BLOCK_D):
             a_tile = a.load([tile_m * BLOCK_M, first])
@@ -360,12 +409,16 @@ def _lora_decode_sum_kernel(
 _GROUP_M = 8
 
 
+def low_rank_types(base: torch.Tensor, adapter: torch.Tensor) -> dict[str, Any]:
+    """What the low-rank term beside a base of that dtype is multiplied in."""
+    mixed = adapter.dtype is torch.float32 and base.dtype is not torch.float32
+    return {"DOT": DOT_TYPES[adapter.dtype], "PIECES": mixed}
+
+
 def _meta(tiles: Tiles, base: torch.Tensor, adapter: torch.Tensor, block_r: int) -> dict[str, Any]:
     """What every kernel is compiled for, and how it is launched."""
-    mixed = adapter.dtype is torch.float32 and base.dtype is not torch.float32
     return {
-        "DOT": DOT_TYPES[adapter.dtype],
-        "PIECES": mixed,
+        **low_rank_types(base, adapter),
         "BLOCK_M": tiles.block_m,
         "BLOCK_C": tiles.block_c,
         "BLOCK_R": block_r,
@@ -419,7 +472,7 @@ def _gemm(
         GROUP_M=_GROUP_M,
         TMA=tiles.tma,
         W_TRANSPOSED=transposed,
-        **_masking(c, rng, threshold),
+        **masking(c, rng, threshold),
         **_meta(tiles, a, v, block_r),
     )
 

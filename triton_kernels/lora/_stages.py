@@ -263,7 +263,7 @@ def _meta(launch: Launch, adapter: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def _masking(columns: int, rng: torch.Tensor | None, threshold: int) -> dict[str, Any]:
+def masking(columns: int, rng: torch.Tensor | None, threshold: int) -> dict[str, Any]:
     """Whether and how a kernel drops elements of a matrix with so many columns."""
     dropping = rng is not None and threshold > 0
     return {
@@ -338,7 +338,7 @@ class TritonStages:
             v_stride_c=v.stride(0),
             v_stride_r=v.stride(1),
             scale=dropout_scale(threshold),
-            **_masking(c, rng, threshold),
+            **masking(c, rng, threshold),
             **_meta(launch, v),
         )
         if parts is not out:
@@ -367,7 +367,7 @@ class TritonStages:
             v_stride_r=v.stride(0),
             v_stride_c=v.stride(1),
             scale=dropout_scale(threshold),
-            **_masking(c, rng, threshold),
+            **masking(c, rng, threshold),
             **_meta(launch, v),
         )
 
@@ -405,7 +405,7 @@ class TritonStages:
             parts_stride_c=strides[0],
             parts_stride_r=strides[1],
             WITH_T=t is not None,
-            **_masking(c, rng, threshold),
+            **masking(c, rng, threshold),
             **_meta(launch, out),
         )
         sum_parts(out, parts, scaling, dropout_scale(threshold))

@@ -16,16 +16,14 @@ from pyfastft.native._torch_int4 import Weight
 from pyfastft.triton_kernels._common import OPTIONS
 from pyfastft.triton_kernels._int4_engine import (
     DEQUANTIZE_TILE,
-    Choice,
     Tiles,
     common_group,
     parts_of,
 )
-from pyfastft.triton_kernels._plan import Device
 
 
 @triton.jit
-def _zeros_of(zero_ptr, places, mask):
+def zeros_of(zero_ptr, places, mask):
     """Zero-points; 8 where there are none."""
     if zero_ptr is None:
         zero = tl.full(places.shape, 8.0, tl.float32)
@@ -83,7 +81,7 @@ def _int4_dequantize_kernel(
         present = inside
     scale = tl.load(scale_ptr + places, mask=present, other=0.0).to(tl.float32)
     if table_ptr is None:
-        values = codes.to(tl.float32) - _zeros_of(zero_ptr, places, present)
+        values = codes.to(tl.float32) - zeros_of(zero_ptr, places, present)
     else:
         values = tl.load(table_ptr + codes)
     values *= scale
@@ -160,7 +158,7 @@ def _int4_product_kernel(
         codes = tl.interleave(packed & 15, packed >> 4)
         places = groups + first // group_size
         if table_ptr is None:
-            zero = _zeros_of(zero_ptr, places, in_rows)
+            zero = zeros_of(zero_ptr, places, in_rows)
             weight = (codes.to(tl.float32) - zero[:, None]).to(x.dtype)
         else:
             weight = tl.load(table_ptr + codes).to(x.dtype)
@@ -197,12 +195,13 @@ def _int4_add_parts_kernel(y_ptr, parts_ptr, bias_ptr, N, size, splits, BLOCK: t
 
 # Tiles of rows of y that run at once: with as many of its columns beside them, a tile of either
 # operand serves eight programs.
-_GROUP_M = 8
+GROUP_M = 8
 # One program of the sums: enough elements for every thread of 4 warps to load 16 bytes.
 _SUM_BLOCK = 512
 
 
-def _weight_arguments(weight: Weight) -> dict[str, Any]:
+def weight_arguments(weight: Weight) -> dict[str, Any]:
+    """What every kernel takes of a weight."""
     return {
         "codes_ptr": weight.codes,
         "scale_ptr": weight.scale,
@@ -234,7 +233,7 @@ def dequantize(
         num_stages=DEQUANTIZE_TILE.num_stages,
         # The bits are the reference's: nothing may be fused.
         **{**OPTIONS, "enable_fp_fusion": False},
-        **_weight_arguments(weight),
+        **weight_arguments(weight),
     )
 
 
@@ -267,49 +266,19 @@ def product(
         BLOCK_N=tiles.block_n,
         BLOCK_M=tiles.block_m,
         BLOCK_K=tiles.block_k,
-        GROUP_M=_GROUP_M,
+        GROUP_M=GROUP_M,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         **OPTIONS,
-        **_weight_arguments(weight),
+        **weight_arguments(weight),
     )
     if splits > 1:
-        size = m * n
-        _int4_add_parts_kernel[(triton.cdiv(size, _SUM_BLOCK),)](
-            y, parts, bias, n, size, splits, BLOCK=_SUM_BLOCK, enable_fp_fusion=True
-        )
+        add_parts(y, parts, bias)
 
 
-class TritonKernels:
-    """The :class:`pyfastft.native._torch_int4.Int4Kernels` of one device."""
-
-    engines = ("panels", "product")
-
-    def __init__(self, device: Device) -> None:
-        self.multiprocessors = device.multiprocessors
-
-    def dequantize(
-        self,
-        out: torch.Tensor,
-        weight: Weight,
-        *,
-        first: int = 0,
-        perm: torch.Tensor | None = None,
-    ) -> None:
-        """See :func:`dequantize`."""
-        dequantize(out, weight, first=first, perm=perm)
-
-    def linear(
-        self,
-        choice: Choice,
-        *,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        weight: Weight,
-        bias: torch.Tensor | None,
-        splits: int,
-    ) -> None:
-        """See :func:`product`, the only engine beside panels."""
-        assert choice.tiles is not None
-        count = self.multiprocessors
-        product(y=y, x=x, weight=weight, bias=bias, tiles=choice.tiles, multiprocessors=count)
+def add_parts(y: torch.Tensor, parts: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """y = the sum of parts, as many of y's shape, first to last, + bias."""
+    splits, size = parts.shape[0], y.numel()
+    _int4_add_parts_kernel[(triton.cdiv(size, _SUM_BLOCK),)](
+        y, parts, bias, y.shape[-1], size, splits, BLOCK=_SUM_BLOCK, enable_fp_fusion=True
+    )

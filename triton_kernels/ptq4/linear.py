@@ -9,7 +9,7 @@ import torch
 from pyfastft._op import implement
 from pyfastft.native import _torch_int4
 from pyfastft.triton_kernels._common import device_of, why_no_triton
-from pyfastft.triton_kernels.ptq4._kernels import TritonKernels
+from pyfastft.triton_kernels.ptq4._engines import TritonKernels
 
 
 def unsupported(lead: torch.Tensor, scale: torch.Tensor, packed: torch.Tensor | None) -> str | None:
@@ -18,9 +18,12 @@ def unsupported(lead: torch.Tensor, scale: torch.Tensor, packed: torch.Tensor | 
     return why or _torch_int4.why_packed(packed)
 
 
-def _engine(x: torch.Tensor, codes: Any, scale: Any, zero: Any, *rest: Any) -> str:
-    operands = (x, codes, scale, zero, *rest[-2:])
-    return _torch_int4.explain_forward(TritonKernels.engines, *operands)
+def _engine(*args: Any) -> str:
+    return _torch_int4.explain_forward(TritonKernels.engines, *args)
+
+
+def _gradient_engine(*args: Any) -> str:
+    return _torch_int4.explain_gradient(TritonKernels.engines, *args)
 
 
 @implement(
@@ -31,16 +34,17 @@ def _engine(x: torch.Tensor, codes: Any, scale: Any, zero: Any, *rest: Any) -> s
 )
 def int4_linear(y: torch.Tensor, x: torch.Tensor, *args: Any) -> None:
     with torch.cuda.device_of(x):
-        _torch_int4.forward(TritonKernels(device_of(x)), y, x, *args)
+        _torch_int4.forward(TritonKernels(device_of(x).multiprocessors), y, x, *args)
 
 
 @implement(
     "int4_linear_backward",
     "triton",
     unsupported=lambda *args: unsupported(args[0], args[3], args[6]),
+    engine=_gradient_engine,
 )
 def int4_linear_backward(*args: Any) -> None:
     """Four outputs, then the op's arguments."""
     grad = args[4]
     with torch.cuda.device_of(grad):
-        _torch_int4.backward(TritonKernels(device_of(grad)), *args)
+        _torch_int4.backward(TritonKernels(device_of(grad).multiprocessors), *args)

@@ -10,13 +10,16 @@ from pyfastft._op import implement
 from pyfastft.native import _torch_int4
 from pyfastft.triton_kernels._common import device_of
 from pyfastft.triton_kernels.lora._stages import TritonStages
-from pyfastft.triton_kernels.ptq4._kernels import TritonKernels
+from pyfastft.triton_kernels.ptq4._engines import TritonKernels
 from pyfastft.triton_kernels.ptq4.linear import unsupported
 
 
-def _engine(x: torch.Tensor, codes: Any, scale: Any, zero: Any, *rest: Any) -> str:
-    operands = (x, codes, scale, zero, *rest[-2:])
-    return _torch_int4.explain_forward(TritonKernels.engines, *operands)
+def _engine(*args: Any) -> str:
+    return _torch_int4.explain_forward(TritonKernels.engines, *args)
+
+
+def _gradient_engine(*args: Any) -> str:
+    return _torch_int4.explain_gradient(TritonKernels.engines, *args)
 
 
 @implement(
@@ -28,17 +31,20 @@ def _engine(x: torch.Tensor, codes: Any, scale: Any, zero: Any, *rest: Any) -> s
 def int4_lora_linear(y: torch.Tensor, xa: torch.Tensor, x: torch.Tensor, *args: Any) -> None:
     with torch.cuda.device_of(x):
         device = device_of(x)
-        _torch_int4.adapted_forward(TritonKernels(device), TritonStages(device), y, xa, x, *args)
+        kernels = TritonKernels(device.multiprocessors)
+        _torch_int4.adapted_forward(kernels, TritonStages(device), y, xa, x, *args)
 
 
 @implement(
     "int4_lora_linear_backward",
     "triton",
     unsupported=lambda *args: unsupported(args[0], args[3], args[12]),
+    engine=_gradient_engine,
 )
 def int4_lora_linear_backward(*args: Any) -> None:
     """Seven outputs, then the op's arguments."""
     grad = args[7]
     with torch.cuda.device_of(grad):
         device = device_of(grad)
-        _torch_int4.adapted_backward(TritonKernels(device), TritonStages(device), *args)
+        kernels = TritonKernels(device.multiprocessors)
+        _torch_int4.adapted_backward(kernels, TritonStages(device), *args)

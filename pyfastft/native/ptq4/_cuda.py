@@ -24,19 +24,19 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def _product() -> Any:
-    """Triton's product, which is imported only where it may run; None without Triton."""
+def _triton() -> Any:
+    """Triton's products, which are imported only where one may run; None without Triton."""
     try:
-        from pyfastft.triton_kernels.ptq4._kernels import product
+        from pyfastft.triton_kernels.ptq4._engines import TritonKernels
     except ImportError:
         return None
-    return product
+    return TritonKernels
 
 
 @functools.cache
 def engines() -> tuple[str, ...]:
-    """What the CUDA backend can compute a forward with."""
-    return ("panels", "gemv", "mma") + (() if _product() is None else ("product",))
+    """What the CUDA backend can compute a product with."""
+    return ("panels", "gemv", "mma") + (() if _triton() is None else ("product",))
 
 
 class CudaKernels:
@@ -82,9 +82,8 @@ class CudaKernels:
     ) -> None:
         """y = x W^T + b by gemv, mma or Triton's product."""
         if choice.engine == "product":
-            count = self.multiprocessors
             operands = {"y": y, "x": x, "weight": weight, "bias": bias}
-            _product()(**operands, tiles=choice.tiles, multiprocessors=count)
+            _triton()(self.multiprocessors).linear(choice, **operands, splits=splits)
             return
         partials = y.new_empty(splits * y.numel() if splits > 1 else 0, dtype=torch.float32)
         kernel = self.library.int4_gemv if choice.engine == "gemv" else self.library.int4_mma
@@ -100,6 +99,10 @@ class CudaKernels:
             dtype=DTYPES[x.dtype],
             **self._weight(weight),
         )
+
+    def input_gradient(self, choice: Any, **operands: Any) -> None:
+        """dX by Triton's product, the only engine beside panels."""
+        _triton()(self.multiprocessors).input_gradient(choice, **operands)
 
     def _weight(self, weight: Weight) -> dict[str, int]:
         return {
@@ -134,8 +137,12 @@ def _dequantize_unsupported(
     return _unsupported(lead, scale, None)
 
 
-def _engine(x: torch.Tensor, codes: Any, scale: Any, zero: Any, *rest: Any) -> str:
-    return _torch_int4.explain_forward(engines(), x, codes, scale, zero, *rest[-2:])
+def _engine(*args: Any) -> str:
+    return _torch_int4.explain_forward(engines(), *args)
+
+
+def _gradient_engine(*args: Any) -> str:
+    return _torch_int4.explain_gradient(engines(), *args)
 
 
 @implement("int4_dequantize", "cuda", unsupported=_dequantize_unsupported)
@@ -159,6 +166,7 @@ def int4_linear(y: torch.Tensor, x: torch.Tensor, *args: Any) -> None:
     "int4_linear_backward",
     "cuda",
     unsupported=lambda *args: _unsupported(args[0], args[3], args[6]),
+    engine=_gradient_engine,
 )
 def int4_linear_backward(*args: Any) -> None:
     """Four outputs, then the op's arguments."""
@@ -183,6 +191,7 @@ def int4_lora_linear(y: torch.Tensor, xa: torch.Tensor, x: torch.Tensor, *args: 
     "int4_lora_linear_backward",
     "cuda",
     unsupported=lambda *args: _unsupported(args[0], args[3], args[12]),
+    engine=_gradient_engine,
 )
 def int4_lora_linear_backward(*args: Any) -> None:
     """Seven outputs, then the op's arguments."""

@@ -23,30 +23,30 @@ from pyfastft.testing.samples.ptq4._weights import Int4Shape, activation, weight
 
 
 @dataclass(frozen=True)
-class _Adapted:
+class Adapted:
+    """A 4-bit layer with an adapter of rank r, which drops elements with probability p."""
+
     base: Int4Shape
     r: int
     p: float = 0.0
 
 
 SHAPES = (
-    _Adapted(Int4Shape("odd", (2, 3), 5, 7, 4, zero="float"), 4, p=0.3),
-    _Adapted(Int4Shape("vector", (), 5, 16, 8, zero="uint8"), 2, p=0.1),
-    _Adapted(Int4Shape("one-row", (1,), 19, 24, 8, bias=False, codebook="nf4"), 3),
-    _Adapted(Int4Shape("per-channel", (7,), 8, 16, 64), 1, p=0.5),
-    _Adapted(
-        Int4Shape("leading-dims", (2, 2, 3), 17, 32, 16, codebook="nf4", bias=False), 8, p=0.1
-    ),
-    _Adapted(Int4Shape("perm", (6,), 8, 16, 8, zero="uint8", perm=True), 4, p=0.2),
-    _Adapted(Int4Shape("slice", (9,), 18, 23, 8, half_scale=True, layout="slice"), 4, p=0.2),
-    _Adapted(Int4Shape("no-rows", (0,), 5, 8, 4), 4, p=0.3),
-    _Adapted(Int4Shape("no-inputs", (3,), 5, 0, 4), 4),
-    _Adapted(Int4Shape("several-tiles", (150,), 200, 256, 64, codebook="nf4", large=True), 16, 0.1),
-    _Adapted(Int4Shape("off-tile", (3, 37), 131, 101, 16, zero="uint8", large=True), 17, p=0.1),
+    Adapted(Int4Shape("odd", (2, 3), 5, 7, 4, zero="float"), 4, p=0.3),
+    Adapted(Int4Shape("vector", (), 5, 16, 8, zero="uint8"), 2, p=0.1),
+    Adapted(Int4Shape("one-row", (1,), 19, 24, 8, bias=False, codebook="nf4"), 3),
+    Adapted(Int4Shape("per-channel", (7,), 8, 16, 64), 1, p=0.5),
+    Adapted(Int4Shape("leading-dims", (2, 2, 3), 17, 32, 16, codebook="nf4", bias=False), 8, p=0.1),
+    Adapted(Int4Shape("perm", (6,), 8, 16, 8, zero="uint8", perm=True), 4, p=0.2),
+    Adapted(Int4Shape("slice", (9,), 18, 23, 8, half_scale=True, layout="slice"), 4, p=0.2),
+    Adapted(Int4Shape("no-rows", (0,), 5, 8, 4), 4, p=0.3),
+    Adapted(Int4Shape("no-inputs", (3,), 5, 0, 4), 4),
+    Adapted(Int4Shape("several-tiles", (150,), 200, 256, 64, codebook="nf4", large=True), 16, 0.1),
+    Adapted(Int4Shape("off-tile", (3, 37), 131, 101, 16, zero="uint8", large=True), 17, p=0.1),
 )
 
 
-def arguments(shape: _Adapted, precision: Precision, device: torch.device) -> tuple[Any, ...]:
+def arguments(shape: Adapted, precision: Precision, device: torch.device) -> tuple[Any, ...]:
     """The forward's arguments."""
     base, r, p = shape.base, shape.r, shape.p
     codes, scale, zero, perm = weight(base, precision, device)
@@ -62,7 +62,7 @@ def arguments(shape: _Adapted, precision: Precision, device: torch.device) -> tu
 
 
 def gradient_arguments(
-    shape: _Adapted, need: tuple[bool, ...], precision: Precision, device: torch.device
+    shape: Adapted, need: tuple[bool, ...], precision: Precision, device: torch.device
 ) -> tuple[Any, ...]:
     """The backward's, of the forward that the reference computes."""
     forward = arguments(shape, precision, device)
