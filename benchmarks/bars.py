@@ -128,7 +128,8 @@ def judge(bar: Bar, record: Mapping[str, Any]) -> Finding:
     if record.get("error"):
         return Finding(bar, "falls short", record, record["error"])
     if bar.key not in record["numbers"]:
-        return Finding(bar, "not measured", None, f"{bar.key} is not at hand")
+        why = record.get("absent", {}).get(bar.key, f"{bar.key} is not at hand")
+        return Finding(bar, "not measured", None, why)
     if bar.value is None or bar.direction is None:
         return Finding(bar, "reported", record)
     met = DIRECTIONS[bar.direction](record["numbers"][bar.key], bar.value)
@@ -161,18 +162,23 @@ class Session:
         }
 
     def record(self, bar: Bar) -> dict[str, Any]:
-        """What ``bars.json`` holds of a bar. A figure that cannot be taken has an error instead."""
+        """What ``bars.json`` holds of a bar. A figure that cannot be taken has an error instead;
+        what is absent, because a peer is not installed, is named with the reason."""
         key = (bar.family, bar.figure, bar.case)
         if key not in self._known:
             try:
-                self._known[key] = {"numbers": self._measure(bar)}
+                found = self._measure(bar)
+                numbers = {name: one for name, one in found.items() if not isinstance(one, str)}
+                self._known[key] = {"numbers": numbers}
+                if absent := {name: why for name, why in found.items() if isinstance(why, str)}:
+                    self._known[key]["absent"] = absent
             except Exception as error:
                 self._known[key] = {"numbers": {}, "error": f"{type(error).__name__}: {error}"}
         stamp = machine.provenance()
         origin = {name: stamp[name] for name in ("git_sha", "dirty", "date")}
         return {**self._known[key], **origin}
 
-    def _measure(self, bar: Bar) -> dict[str, float]:
+    def _measure(self, bar: Bar) -> dict[str, float | str]:
         if bar.figure == "speedup":
             assert bar.case is not None
             peers = [bar.key] if bar.key in PEERS else PEERS
@@ -181,7 +187,7 @@ class Session:
             )
             if not row.match:
                 raise AssertionError(row.error)
-            return speedups(row.speedup)
+            return {**row.absent, **speedups(row.speedup)}
         where = figures.FIGURES if bar.family == HOUSE else family(bar.family).FIGURES
         return where[bar.figure](bar.case, self.device)
 

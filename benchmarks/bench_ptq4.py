@@ -8,7 +8,7 @@ does without such an op: W out of its codes each way, then dense products.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ CASES = {
     ),
 }
 QUICK = Case((16, 1024, 1024), 0, 0.0, "bfloat16")
-FIGURES: dict[str, Callable[..., dict[str, float]]] = {
+FIGURES: dict[str, Callable[..., Mapping[str, float | str]]] = {
     "quantized_activations": quantized_activations,
     "forward": weight_only.forward,
     "forward_wide": weight_only.forward_wide,

@@ -6,7 +6,8 @@ A family's module ``bench_<family>.py`` gives
     CASES                              {"cpu": (Case, ...), "cuda": (Case, ...)}
     QUICK                              the one case of ``--quick``
     prepare(case, device, peers)       -> Workload
-    FIGURES                            {name: call} of figures other than speed, for bars.toml
+    FIGURES                            {name: call} of figures other than speed, for bars.toml: a
+                                       call gives numbers by key, or why one is not at hand
 """
 
 from __future__ import annotations

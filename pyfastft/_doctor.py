@@ -28,6 +28,7 @@ from pyfastft.testing.samples import (
     Precision,
     Sample,
     flat,
+    outputs_of,
     samples,
     upcast,
 )
@@ -154,7 +155,7 @@ def _why_not(op: Op, name: str, sample: Sample, precision: Precision) -> str | N
 
 def _outputs(op: Op, name: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
     with backend(name):
-        return flat(op(*args))
+        return outputs_of(op, args)
 
 
 def _check(op: Op, name: str, sample: Sample, precision: Precision) -> tuple[float, float]:

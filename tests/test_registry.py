@@ -21,6 +21,7 @@ from pyfastft.testing.samples import (
     Reject,
     Sample,
     flat,
+    outputs_of,
     rejects,
     samples,
     upcast,
@@ -41,13 +42,8 @@ def device_of(name: str) -> torch.device:
 
 
 def run(op: Op, name: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-    """The outputs; of an op that mutates, what it wrote into copies of its arguments."""
     with backend(name):
-        if not op.mutates:
-            return flat(op(*args))
-        args = copy.deepcopy(args)
-        op(*args)
-        return tuple(op.written(args))
+        return outputs_of(op, args)
 
 
 def mapped(function: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ torchao's int4 weights on a CPU run ATen's product, so it is no peer of its own.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,29 +33,17 @@ class Weight:
     scale: torch.Tensor
     nf4_codes: torch.Tensor
     nf4_scale: torch.Tensor
-    bnb: Any
-    bnb_state: Any
 
     @classmethod
     def draw(cls, n: int, k: int) -> Weight:
-        import bitsandbytes.functional as bnb
-
         dense = torch.randn(n, k) * k**-0.5
         groups = dense.view(n, k // GROUP, GROUP)
         scale = groups.abs().amax(-1) / 7.5
         codes = (groups / scale[..., None]).round().clamp(-8, 7).add(8).to(torch.uint8).view(n, k)
-        packed, state = bnb.quantize_4bit(dense, blocksize=NF4_GROUP, quant_type="nf4")
-        state.dtype = torch.bfloat16
-        pairs = packed.view(n, k // 2)  # bitsandbytes has even elements in the high nibble
-        return cls(
-            dense.bfloat16(),
-            codes[:, ::2] | codes[:, 1::2] << 4,
-            scale,
-            pairs >> 4 | pairs << 4,
-            state.absmax.view(n, -1),
-            packed,
-            state,
-        )
+        nf4 = {"group_size": NF4_GROUP, "codebook": "nf4", "grid": 1}
+        nf4_codes, nf4_scale, _ = ft.functional.rtn_quantize(dense, **nf4)
+        pairs = codes[:, ::2] | codes[:, 1::2] << 4
+        return cls(dense.bfloat16(), pairs, scale, nf4_codes, nf4_scale)
 
     def ours(self, x: torch.Tensor) -> torch.Tensor:
         return ft.functional.int4_linear(x, self.codes, self.scale, group_size=GROUP)
@@ -85,6 +74,21 @@ class Weight:
     def bnb_linear(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """bitsandbytes' layer on its own nf4 codes, as it runs in inference."""
         return bnb_layer(self).eval()
+
+
+def why_no_bitsandbytes() -> str | None:
+    """Why there is nothing of bitsandbytes' to measure; None where there is."""
+    found = importlib.util.find_spec("bitsandbytes")
+    return "bitsandbytes is not installed" if found is None else None
+
+
+def bnb_dequantize(weight: Weight) -> Callable[[], torch.Tensor]:
+    """bitsandbytes' dense bfloat16 weight, made of its nf4 codes by every call."""
+    import bitsandbytes.functional as bnb
+
+    packed, state = bnb.quantize_4bit(weight.dense.float(), blocksize=NF4_GROUP, quant_type="nf4")
+    state.dtype = torch.bfloat16
+    return lambda: bnb.dequantize_4bit(packed, state)
 
 
 def bnb_layer(weight: Weight) -> Any:
@@ -124,7 +128,7 @@ def times(
     return medians, reading.work / medians["reading"]
 
 
-def ratios(found: Mapping[str, float], label: str) -> dict[str, float]:
+def ratios(found: Mapping[str, float], label: str) -> dict[str, float | str]:
     """How many times faster than each peer ours is."""
     others = itertools.filterfalse(lambda name: name in (OURS, "arithmetic", "reading"), found)
     return {f"{label} over {name}": found[name] / found[OURS] for name in others}

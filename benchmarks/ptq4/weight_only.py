@@ -17,10 +17,12 @@ from pyfastft.benchmarks.ptq4.layer import (
     GROUP,
     NF4_GROUP,
     Weight,
+    bnb_dequantize,
     bnb_layer,
     ratios,
     rotated,
     times,
+    why_no_bitsandbytes,
 )
 
 _ROWS = (1, 4, 16, 64, 256, 1024)
@@ -28,24 +30,27 @@ _GRADIENT_ROWS = (64, 512, 2048)
 
 
 @torch.no_grad()
-def forward(*_: Any) -> dict[str, float]:
+def forward(*_: Any) -> dict[str, float | str]:
     """W4A16, symmetric, groups of 128, 4096 x 4096, bfloat16 x: times over each peer by M, and how
     fast nf4 in groups of 64 is beside it."""
     weights = rotated(4096, 4096)
     aten = [weight.aten() for weight in weights]
-    bitsandbytes = [weight.bnb_linear() for weight in weights]
-    found: dict[str, float] = {}
+    why = why_no_bitsandbytes()
+    bitsandbytes = [] if why else [weight.bnb_linear() for weight in weights]
+    found: dict[str, float | str] = {}
     for m in _ROWS:
-        x = torch.randn(m, 4096).bfloat16()
-        median, _ = times(
-            {
-                OURS: [partial(w.ours, x) for w in weights],
-                "aten int4": [partial(f, x) for f in aten],
-                "bitsandbytes nf4": [partial(f, x) for f in bitsandbytes],
-                "bf16": [partial(torch.nn.functional.linear, x, w.dense) for w in weights],
-                "ours nf4": [partial(w.ours_nf4, x) for w in weights],
-            }
-        )
+        x = torch.randn(m, weights[0].dense.shape[1]).bfloat16()
+        steps = {
+            OURS: [partial(w.ours, x) for w in weights],
+            "aten int4": [partial(f, x) for f in aten],
+            "bitsandbytes nf4": [partial(f, x) for f in bitsandbytes],
+            "bf16": [partial(torch.nn.functional.linear, x, w.dense) for w in weights],
+            "ours nf4": [partial(w.ours_nf4, x) for w in weights],
+        }
+        if why:
+            del steps["bitsandbytes nf4"]
+            found[f"M={m} over bitsandbytes nf4"] = why
+        median, _ = times(steps)
         nf4 = median.pop("ours nf4")
         found |= ratios(median, f"M={m}")
         found[f"M={m} nf4 beside int4"] = median[OURS] / nf4
@@ -53,7 +58,7 @@ def forward(*_: Any) -> dict[str, float]:
 
 
 @torch.no_grad()
-def forward_wide(*_: Any) -> dict[str, float]:
+def forward_wide(*_: Any) -> dict[str, float | str]:
     """The same of one row at 4096 x 14336, and its share of the bandwidth of reading."""
     n, k = 14336, 4096
     weights = rotated(n, k)
@@ -71,16 +76,17 @@ def forward_wide(*_: Any) -> dict[str, float]:
     }
 
 
-def input_gradient(*_: Any) -> dict[str, float]:
+def input_gradient(*_: Any) -> dict[str, float | str]:
     """dX of nf4 in groups of 64, 4096 x 4096, over bitsandbytes' dequantize-and-multiply."""
-    import bitsandbytes.functional as bnb
-
+    if why := why_no_bitsandbytes():
+        return {f"M={m} over bitsandbytes": why for m in _GRADIENT_ROWS}
     weight = Weight.draw(4096, 4096)
+    dense = bnb_dequantize(weight)
 
     def theirs(grad: torch.Tensor) -> torch.Tensor:
-        return grad @ bnb.dequantize_4bit(weight.bnb, weight.bnb_state)
+        return grad @ dense()
 
-    found: dict[str, float] = {}
+    found: dict[str, float | str] = {}
     for m in _GRADIENT_ROWS:
         grad = torch.randn(m, 4096).bfloat16()
         steps = {
@@ -111,9 +117,12 @@ def error(*_: Any) -> dict[str, float]:
     return found
 
 
-def qlora(*_: Any) -> dict[str, float]:
+def qlora(*_: Any) -> dict[str, float | str]:
     """QLoRA forward and backward, nf4 in groups of 64, M = 512, 1024 x 4096, r 16, p .05, over PEFT
     on bitsandbytes with float32 and with bfloat16 adapters."""
+    adapters = ((torch.float32, "fp32 adapters"), (torch.bfloat16, "bf16 adapters"))
+    if why := why_no_bitsandbytes():
+        return {f"M=512 over peft, {name}": why for _, name in adapters}
     import peft
     from peft.tuners.lora.bnb import Linear4bit
 
@@ -135,8 +144,8 @@ def qlora(*_: Any) -> dict[str, float]:
             codebook="nf4",
         )
 
-    found: dict[str, float] = {}
-    for dtype, name in ((torch.float32, "fp32 adapters"), (torch.bfloat16, "bf16 adapters")):
+    found: dict[str, float | str] = {}
+    for dtype, name in adapters:
         layer: Any = Linear4bit(bnb_layer(weight), "default", config, r=r, lora_alpha=2 * r)
         layer.train()
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,15 +75,13 @@ def lora_conv(
     _expect_operands(x, weight, lora_a, lora_b, bias, p, groups, padding_mode)
     dims = weight.dim() - 2
     drops = dropout_threshold(p) > 0
-    if is_pointwise(weight.shape[2:], padding, groups):
-        channels_last = not x.is_contiguous() and x.movedim(-dims - 1, -1).is_contiguous()
-        if drops or channels_last or max(each(stride, dims)) > 1:
-            x = every(x, stride, dims)
-            factors = (weight.flatten(1), lora_a.flatten(1), lora_b.flatten(1))
-            rows = x.movedim(-dims - 1, -1)
-            y = lora_linear(rows, *factors, bias=bias, scaling=scaling, p=p)
-            y = y.movedim(-1, -dims - 1)
-            return y if channels_last else y.contiguous()
+    if is_pointwise(weight.shape[2:], padding, groups) and (
+        drops or _is_channels_last(x, dims) or max(each(stride, dims)) > 1
+    ):
+        base = partial(lora_linear, weight=weight.flatten(1), bias=bias)
+        factors = {"lora_a": lora_a.flatten(1), "lora_b": lora_b.flatten(1)}
+        linear = partial(base, **factors, scaling=scaling, p=p)
+        return over_channels(x, stride, dims, linear)
     x, dropped, padding = prepared(x, p, padding, dilation, weight.shape[2:], padding_mode)
     place = (stride, padding, dilation)
     convolve: Any = CONVOLUTIONS[dims + 2]
@@ -95,11 +94,23 @@ def is_pointwise(kernel: Sequence[int], padding: int | str | Sequence[int], grou
     return math.prod(kernel) == 1 and groups == 1 and not any(_sides(padding, 1, kernel))
 
 
-def every(x: torch.Tensor, stride: int | Sequence[int], dims: int) -> torch.Tensor:
-    """The places of x that a kernel of 1 visits."""
+def over_channels(
+    x: torch.Tensor,
+    stride: int | Sequence[int],
+    dims: int,
+    linear: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """A linear layer over the channels of the places that a kernel of 1 visits; channels that are
+    last stay so."""
+    channels_last = _is_channels_last(x, dims)
     for dim, step in enumerate(each(stride, dims), -dims):
         x = x if step == 1 else x.movedim(dim, 0)[::step].movedim(0, dim)
-    return x
+    y = linear(x.movedim(-dims - 1, -1)).movedim(-1, -dims - 1)
+    return y if channels_last else y.contiguous()
+
+
+def _is_channels_last(x: torch.Tensor, dims: int) -> bool:
+    return not x.is_contiguous() and x.movedim(-dims - 1, -1).is_contiguous()
 
 
 def prepared(

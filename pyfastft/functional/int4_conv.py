@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,15 +21,14 @@ from pyfastft.functional._arguments import as_scaling
 from pyfastft.functional.conv import (
     CONVOLUTIONS,
     each,
-    every,
     expect_adapter,
     is_pointwise,
+    over_channels,
     prepared,
     updated,
 )
 from pyfastft.functional.int4 import int4_linear, int4_lora_linear
 from pyfastft.ops.lora._operands import wide
-from pyfastft.triton_kernels import _int4_engine
 
 
 def int4_conv(
@@ -71,7 +71,8 @@ def int4_conv(
 
     Note:
         Gradients go to x and the bias. W is rounded to x's dtype, a panel of at most 16 MiB (or 64
-        rows) at a time, and saved nowhere; x is not saved either.
+        rows) at a time, and saved nowhere; x is not saved either. A kernel of 1 without groups and
+        padding is :func:`int4_linear` over the channels, which cannot be differentiated twice.
 
     Reference:
         Frantar et al. 2023, "GPTQ", section 3, of convolutions as matrices.
@@ -80,9 +81,8 @@ def int4_conv(
     x, bias = _cast(x, bias)
     weight = {"zero": zero, "perm": perm, "group_size": group_size, "codebook": codebook}
     if is_pointwise(kernel_size, padding, groups):
-        rows = every(x, stride, dims).movedim(-dims - 1, -1)
-        y = int4_linear(rows, codes, scale.detach(), bias=bias, **_detached(weight))
-        return y.movedim(-1, -dims - 1).contiguous()
+        linear = partial(int4_linear, codes=codes, scale=scale.detach(), bias=bias)
+        return over_channels(x, stride, dims, partial(linear, **_detached(weight)))
     x, _, padding = prepared(x, 0.0, padding, dilation, kernel_size, padding_mode)
     place = (stride, padding, dilation)
     return _convolved(x, codes, scale, bias, tuple(kernel_size), place, groups, weight)
@@ -138,11 +138,10 @@ def int4_lora_conv(
     x, bias = _cast(x, bias)
     weight = {"zero": zero, "perm": perm, "group_size": group_size, "codebook": codebook}
     if is_pointwise(kernel, padding, groups):
-        rows = every(x, stride, dims).movedim(-dims - 1, -1)
-        factors = (lora_a.flatten(1), lora_b.flatten(1))
-        more = {"bias": bias, "scaling": scaling, "p": p, **_detached(weight)}
-        y = int4_lora_linear(rows, codes, scale.detach(), *factors, **more)
-        return y.movedim(-1, -dims - 1).contiguous()
+        linear = partial(int4_lora_linear, codes=codes, scale=scale.detach(), bias=bias)
+        factors = {"lora_a": lora_a.flatten(1), "lora_b": lora_b.flatten(1)}
+        linear = partial(linear, **factors, scaling=scaling, p=p)
+        return over_channels(x, stride, dims, partial(linear, **_detached(weight)))
     x, dropped, padding = prepared(x, p, padding, dilation, kernel, padding_mode)
     place = (stride, padding, dilation)
     y = _convolved(x, codes, scale, bias, kernel, place, groups, weight)
@@ -221,6 +220,9 @@ class _Panel:
 def _panels(n: int, channels: int, k: int, groups: int, itemsize: int) -> Iterator[_Panel]:
     """W (N, K) in panels of bounded size: all of it where it is that small, else rows of a group.
     The channels are those of x."""
+    # With its use: importing pyfastft imports nothing of Triton's folder.
+    from pyfastft.triton_kernels import _int4_engine
+
     width = _int4_engine.panel_width(n, k, itemsize)
     if width >= n:
         yield _Panel(0, n, slice(0, channels), groups)

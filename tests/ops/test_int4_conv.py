@@ -157,6 +157,28 @@ def test_nothing_dense_is_kept(kernel: int, low_rank: bool) -> None:
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_channels_stay_last(kernel: int) -> None:
+    weight, shape = drawn(2, kernel)
+    x = torch.randn(2, CHANNELS, 6, 5)
+    call = {"kernel_size": shape[2:], **operands(weight)}
+    y = F.int4_conv(x.to(memory_format=torch.channels_last), **call)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, F.int4_conv(x, **call))
+
+
+def test_gradients_of_gradients() -> None:
+    weight, shape = drawn(2, 3)
+    x = torch.randn(1, CHANNELS, 4, 4, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(OUT, dtype=torch.float64, requires_grad=True)
+
+    def call(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return F.int4_conv(x, bias=bias, kernel_size=shape[2:], padding=1, **operands(weight))
+
+    assert torch.autograd.gradcheck(call, (x, bias))
+    assert torch.autograd.gradgradcheck(call, (x, bias))
+
+
 def test_autocast() -> None:
     weight, shape = drawn(2, 3)
     x, bias = torch.randn(1, CHANNELS, 5, 5, requires_grad=True), torch.randn(OUT)

@@ -21,6 +21,7 @@ from pyfastft.testing.samples._base import (
     Reject,
     Sample,
     flat,
+    outputs_of,
     upcast,
 )
 
@@ -32,6 +33,7 @@ __all__ = [
     "Reject",
     "Sample",
     "flat",
+    "outputs_of",
     "rejects",
     "samples",
     "upcast",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from pyfastft._op import REGISTRY
+from pyfastft._op import REGISTRY, Op
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,15 @@ def flat(values: Any) -> tuple[Any, ...]:
     """An op's outputs, those of a list among them each by itself."""
     values = values if isinstance(values, tuple) else (values,)
     return tuple(one for v in values for one in (v if isinstance(v, list) else (v,)))
+
+
+def outputs_of(op: Op, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+    """What an op gives; of one that mutates, what it wrote into copies of its arguments."""
+    if not op.mutates:
+        return flat(op(*args))
+    args = copy.deepcopy(args)
+    op(*args)
+    return tuple(op.written(args))
 
 
 class Drawer:
