@@ -29,7 +29,6 @@ from pyfastft.functional.conv import (
 )
 from pyfastft.functional.int4 import int4_linear, int4_lora_linear
 from pyfastft.ops.lora._operands import wide
-from pyfastft.triton_kernels import _int4_engine
 
 
 def int4_conv(
@@ -221,6 +220,8 @@ class _Panel:
 def _panels(n: int, channels: int, k: int, groups: int, itemsize: int) -> Iterator[_Panel]:
     """W (N, K) in panels of bounded size: all of it where it is that small, else rows of a group.
     The channels are those of x."""
+    from pyfastft.triton_kernels import _int4_engine  # importing pyfastft loads no kernels
+
     width = _int4_engine.panel_width(n, k, itemsize)
     if width >= n:
         yield _Panel(0, n, slice(0, channels), groups)
