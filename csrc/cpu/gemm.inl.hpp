@@ -395,21 +395,25 @@ inline void add_few_rows(const Gemm& g, const Product& product, const Panel& row
   const int height = g.rows.height, per_item = depth.pairs ? 2 : 1;
   const int64_t items = depth.items(), pitch = (j1 - j0) * kLanes;
   const int64_t span = kMostRowItems / depth.block * depth.block;
+  const bool in_order = product.rows.in_order;
+  const int64_t row_stride = in_order ? product.rows.line_stride / per_item : kMostRowItems;
   for (int64_t begin = 0; begin < items; begin += span) {
     const int64_t end = lesser(items, begin + span);
-    for (int64_t p = begin; p < end; ++p)
-      for (int i = 0; i < height; ++i)
-        work.rows[i * kMostRowItems + p - begin] = row_panel.at(p, 0, 1)[i];
+    if (!in_order)
+      for (int64_t p = begin; p < end; ++p)
+        for (int i = 0; i < height; ++i)
+          work.rows[i * kMostRowItems + p - begin] = row_panel.at(p, 0, 1)[i];
     const bool in_place = !panel.data && a.multiply;
     const int64_t together = in_place ? kStripsTogether : 1;
     for (int64_t strip = j0; strip < j1; strip += together)
       for (int64_t p = begin; p < end; p += depth.block) {
         const int64_t block = lesser(depth.block, items - p), last = lesser(strip + together, j1);
-        const float* rows = work.rows + p - begin;
+        const float* rows =
+            in_order ? static_cast<const float*>(product.rows.data) + p : work.rows + p - begin;
         Vec totals[kStripsTogether * kFewRows];
         if (in_place) {
           const int64_t line = g.columns.line(strip);
-          a.multiply(a, rows, kMostRowItems, height, line,
+          a.multiply(a, rows, row_stride, height, line,
                      int(lesser(g.columns.line(last), g.columns.end) - line), p * per_item,
                      lesser((p + block) * per_item, depth.values), totals);
         } else {
@@ -417,7 +421,7 @@ inline void add_few_rows(const Gemm& g, const Product& product, const Panel& row
             pack_strips(a, depth, g.columns, strip, last, p, p + block, work.columns);
           const PackedItems columns{panel.data ? panel.at(p, strip, block) : work.columns,
                                     panel.data ? block * kLanes : 0};
-          rows_times_packed(rows, kMostRowItems, height, columns, block, depth.pairs, totals);
+          rows_times_packed(rows, row_stride, height, columns, block, depth.pairs, totals);
         }
         for (int64_t s = strip; s < last; ++s) {
           const Landing to =
@@ -460,12 +464,14 @@ inline void make_panels(Scratch which, const Product* products, int count,
   for (int q = 0; q < count; ++q) {
     const Operand& a = products[q].*operand;
     panels[q] = {a.panel, a.panel_strips, strips.begin / strips.height};
-    if (!a.panel && all && !a.used_once) floats += panel_floats(products[q].depth, strips);
+    if (!a.panel && all && !a.used_once && !a.in_order)
+      floats += panel_floats(products[q].depth, strips);
   }
   if (!floats) return;
   float* space = static_cast<float*>(scratch(which, floats * int64_t(sizeof(float))));
   for (int q = 0; q < count; ++q) {
-    if (panels[q].data || (products[q].*operand).used_once) continue;
+    const Operand& a = products[q].*operand;
+    if (panels[q].data || a.used_once || a.in_order) continue;
     missing[wanted++] = {products[q].*operand, products[q].depth, space};
     panels[q] = {space, strips.count(), 0};
     space += panel_floats(products[q].depth, strips);
@@ -512,7 +518,8 @@ inline void gemm(int64_t rows, int64_t columns, const Product* products, int cou
       const int64_t row_blocks = ceil_div(row_strips, kBlockRows / strip_height);
       const int64_t most_columns = g.few_rows ? Workspace::kTile / kFewRows : kBlockColumns;
       int64_t column_blocks = ceil_div(g.columns.count(), most_columns / kLanes);
-      const int64_t tasks = (g.few_rows ? 1 : 4) * threads;
+      // Few rows that have to be put in order are, for every block.
+      const int64_t tasks = (!g.few_rows ? 4 : products[0].rows.in_order ? 8 : 1) * threads;
       if (threads > 1) column_blocks = greater(column_blocks, ceil_div(tasks, row_blocks));
       while (row_blocks * column_blocks % threads && row_blocks * column_blocks < 16 * threads)
         ++column_blocks;

@@ -25,6 +25,9 @@ struct Operand {
   int64_t panel_strips;
   // Packed by every tile that uses it, however many do: it costs little, and would take much room.
   bool used_once;
+  // Of kFewRows lines, some of which may be there for no row of C: their items lie in order, and
+  // are not packed either.
+  bool in_order;
 };
 
 // Columns of a tile of C, whose rows are so many floats apart.
@@ -36,7 +39,7 @@ constexpr int64_t kShortRun = 16;
 
 inline Operand dense(const void* data, int64_t line_stride, int64_t depth_stride) {
   return {data, line_stride, depth_stride, 0, nullptr, nullptr, false, nullptr,
-          0,    0,           nullptr,      0, false};
+          0,    0,           nullptr,      0, false,   false};
 }
 
 template <bool kPairs>

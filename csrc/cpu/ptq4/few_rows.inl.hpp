@@ -8,16 +8,31 @@ namespace {
 
 // Blocks of codes whose scales are made ready at once.
 constexpr int kReadyBlocks = 32;
-// How far ahead of use codes are asked for.
+// How far ahead of use codes are asked for, where arithmetic holds the loads up. Without it the
+// hardware foresees one stream of codes better than it is told of them.
 constexpr int64_t kCodesAhead = 2048;
 
 // The values of a row's groups for blocks [first, end) of its codes: one for each block where a
-// group has whole blocks, else one for each lane, of which none lies in two groups.
+// group has whole blocks, else one for each lane, of which none lies in two groups. Groups of one
+// block and of half a block, the usual ones, have loops of their own.
 template <bool kWholeBlocks, class Read>
 FT_INLINE void ready_groups(const Int4Weight& w, int64_t first, int64_t end, float* to,
                             const Read& read) {
   constexpr int kCodesOf = kWholeBlocks ? kBlockCodes : kLaneCodes;
   const int64_t per_group = w.group / kCodesOf;
+  if (kWholeBlocks && per_group == 1) {
+    for (int64_t group = first; group < end; ++group) *to++ = read(group);
+    return;
+  }
+  if (!kWholeBlocks && per_group == kLanes / 2) {
+    constexpr uint32_t kFirstHalf = kAllLanes >> kLanes / 2;
+    for (int64_t group = 2 * first; group < 2 * end; group += 2, to += kLanes) {
+      const Vec second = splat(group + 1 < w.groups ? read(group + 1) : 0.0f);
+      store(to,
+            add(select(splat(read(group)), kFirstHalf), select(second, kAllLanes - kFirstHalf)));
+    }
+    return;
+  }
   int64_t at = first * (kBlockCodes / kCodesOf);
   const int64_t last = lesser(end * (kBlockCodes / kCodesOf), ceil_div(w.k, kCodesOf));
   int64_t group = at / per_group;
@@ -56,8 +71,9 @@ template <bool kPairs, int kRows, bool kZeros, bool kWholeBlocks>
 void rows_times_codes(const Int4Columns& columns, const float* rows, int64_t row_stride,
                       int64_t line, int lines, int64_t begin, int64_t end, Vec* totals) {
   constexpr int kItems = kPairs ? 4 : 8;  // of a lane
-  // Two lines: with four, measured, the second level of the cache keeps up worse.
-  constexpr int kTogether = kLanes == 16 || kRows < 4 ? 2 : 1;
+  // One line after the other is one stream of memory. Only where loads of x bound the product are
+  // two lines taken in turns.
+  constexpr int kTogether = kLanes == 16 && kRows == kFewRows ? 2 : 1;
   const Int4Weight& w = columns.w;
   const auto table = few_rows_table<kPairs>(w);
   const int64_t bytes = w.row_bytes - begin / 2;
@@ -128,10 +144,12 @@ void rows_times_codes(const Int4Columns& columns, const float* rows, int64_t row
       };
       int64_t at = b;
       for (; at < last && (at + 1) * 4 * kLanes <= bytes; ++at) {
+        if constexpr (kRows == kFewRows) {
 #pragma GCC unroll 4
-        for (int j = 0; j < kTogether; ++j) {
-          const int64_t ahead = at * 4 * kLanes + kCodesAhead;
-          __builtin_prefetch(from[j] + ahead + (ahead < bytes ? 0 : next), 0, 2);
+          for (int j = 0; j < kTogether; ++j) {
+            const int64_t ahead = at * 4 * kLanes + kCodesAhead;
+            __builtin_prefetch(from[j] + ahead + (ahead < bytes ? 0 : next), 0, 2);
+          }
         }
         block(at, [](const uint8_t* p) __attribute__((always_inline)) { return load_codes(p); });
       }

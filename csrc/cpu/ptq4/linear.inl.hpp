@@ -58,32 +58,90 @@ struct Reordering {
   int64_t group, groups;  // of positions
 };
 
+#if FT_BF16_DOT
+
+// A whole block of neighbours in memory, as reorder_lane has its lanes; returns the lanes' sums.
+FT_INLINE Vec reorder_block(const bf16* x, const LaneOrder& order, bool wanted, bf16* to) {
+  __m512i v[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512i lanes = _mm512_loadu_si512(x + 2 * kLanes * i);
+    v[i] = _mm512_unpacklo_epi16(lanes, _mm512_bsrli_epi128(lanes, 8));
+  }
+  __m512i mixed[4], pairs[4];  // pairs[i]: of values i and i + 4 of every lane
+  const __m512i even = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(2));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    mixed[i] = _mm512_permutex2var_epi32(v[2 * i], even, v[2 * i + 1]);
+    mixed[i + 2] = _mm512_permutex2var_epi32(v[2 * i], odd, v[2 * i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 4; i += 2) {
+    pairs[i] = _mm512_shuffle_i64x2(mixed[i], mixed[i + 1], 0x44);
+    pairs[i + 1] = _mm512_shuffle_i64x2(mixed[i], mixed[i + 1], 0xee);
+  }
+  const bool in_lanes = order.step == 2;
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) _mm512_storeu_si512(to + 2 * kLanes * i, in_lanes ? v[i] : pairs[i]);
+  Vec sum = zero();
+  if (!wanted) return sum;
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) sum = add(sum, as_floats(_mm512_slli_epi32(pairs[i], 16)));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    sum = add(sum, as_floats(_mm512_and_si512(pairs[i], _mm512_set1_epi32(int(0xffff0000)))));
+  return sum;
+}
+
+#endif
+
+// The values of lane `lane` of a row x; returns their sum.
+template <class T, class To, bool kPairs>
+FT_INLINE float reorder_lane(const Reordering& f, const T* x, int64_t lane, To* to) {
+  To* const at = to + lane / kLanes * f.order.block + lane % kLanes * f.order.lane;
+  float sum = 0;
+  for (int i = 0; i < kLaneCodes; ++i) {
+    const int64_t j = lane * kLaneCodes + i;
+    T value{};
+    if (j < f.k) value = x[(f.perm ? f.perm[j] : j) * f.stride_k];
+    sum += to_float(value);
+    To& place = at[kPairs ? i % 4 * f.order.step + i / 4 : i * f.order.step];
+    if constexpr (kPairs)
+      place = value;
+    else
+      place = to_float(value);
+  }
+  return sum;
+}
+
 template <class T, class To, bool kPairs>
 void reorder_row(const Reordering& f, int64_t row, To* to) {
   const T* x = static_cast<const T*>(f.x) + row * f.stride_m;
+  const int64_t per_group = f.group_sums ? f.group / kLaneCodes : 0;
   float group_sum = 0;
-  for (int64_t lane = 0; lane < f.lanes; ++lane) {
-    const int64_t first = lane * kLaneCodes;
-    To* const at = to + lane / kLanes * f.order.block + lane % kLanes * f.order.lane;
-    To values[kLaneCodes];
-    float sum = 0;
-    for (int i = 0; i < kLaneCodes; ++i) {
-      const int64_t j = first + i;
-      T value{};
-      if (j < f.k) value = x[(f.perm ? f.perm[j] : j) * f.stride_k];
-      sum += to_float(value);
-      if constexpr (kPairs)
-        values[i] = value;
-      else
-        values[i] = to_float(value);
-    }
-    for (int i = 0; i < kLaneCodes; ++i)
-      at[kPairs ? i % 4 * f.order.step + i / 4 : i * f.order.step] = values[i];
-    if (f.lane_sums) f.lane_sums[row * f.lanes + lane] = sum;
-    if (!f.group_sums || first >= f.k) continue;
-    group_sum += sum;
-    if ((first + kLaneCodes) % f.group == 0 || first + kLaneCodes >= f.k) {
-      f.group_sums[row * f.groups + first / f.group] = group_sum;
+  for (int64_t lane = 0; lane < f.lanes; lane += kLanes) {
+    const int count = int(lesser(kLanes, f.lanes - lane));
+    float sums[kLanes];
+    bool whole = false;
+#if FT_BF16_DOT
+    if constexpr (kPairs)
+      if (f.stride_k == 1 && !f.perm && (lane + kLanes) * kLaneCodes <= f.k) {
+        store(sums, reorder_block(x + lane * kLaneCodes, f.order, f.lane_sums || f.group_sums,
+                                  to + lane / kLanes * f.order.block));
+        whole = true;
+      }
+#endif
+    for (int i = 0; i < count && !whole; ++i)
+      sums[i] = reorder_lane<T, To, kPairs>(f, x, lane + i, to);
+    if (f.lane_sums)
+      memcpy(f.lane_sums + row * f.lanes + lane, sums, size_t(count) * sizeof(float));
+    if (!f.group_sums) continue;
+    for (int i = 0; i < count; ++i) {
+      const int64_t at = lane + i;
+      group_sum += sums[i];
+      if ((at + 1) % per_group != 0 && (at + 1) * kLaneCodes < f.k) continue;
+      if (at * kLaneCodes < f.k) f.group_sums[row * f.groups + at / per_group] = group_sum;
       group_sum = 0;
     }
   }
@@ -195,16 +253,20 @@ struct ForwardProduct {
                         few_rows ? nullptr : row_sums,
                         columns.w.group,
                         columns.w.groups};
-    void* const to = scratch(Scratch::kOrdered, (f.m * values + 1) * (pairs ? 2 : 4));
+    const int64_t row_bytes = values * (pairs ? 2 : 4);
+    char* const to = static_cast<char*>(scratch(Scratch::kOrdered, rows * row_bytes + 4));
+    if (rows > f.m) memset(to + f.m * row_bytes, 0, size_t((rows - f.m) * row_bytes));
     if (pairs)
-      reorder<bf16, bf16, true>(by, f.m, static_cast<bf16*>(to), f.threads);
+      reorder<bf16, bf16, true>(by, f.m, reinterpret_cast<bf16*>(to), f.threads);
     else if (f.dtype == FT_FLOAT32)
-      reorder<float, float, false>(by, f.m, static_cast<float*>(to), f.threads);
+      reorder<float, float, false>(by, f.m, reinterpret_cast<float*>(to), f.threads);
     else if (f.dtype == FT_BFLOAT16)
-      reorder<bf16, float, false>(by, f.m, static_cast<float*>(to), f.threads);
+      reorder<bf16, float, false>(by, f.m, reinterpret_cast<float*>(to), f.threads);
     else
-      reorder<fp16, float, false>(by, f.m, static_cast<float*>(to), f.threads);
-    return dense(to, values, 1);
+      reorder<fp16, float, false>(by, f.m, reinterpret_cast<float*>(to), f.threads);
+    Operand x = dense(to, values, 1);
+    x.in_order = few_rows;
+    return x;
   }
 };
 
