@@ -154,11 +154,14 @@ struct RowReader {
 
   RowReader(const Int4Weight& weight, int64_t feature, int features)
       : w(weight), table(table_of(weight)), byte(feature / 2), count(features) {
+    group[0] = feature / w.group;
+    one_group =
+        !w.position && feature % 2 == 0 && count && feature + count <= (group[0] + 1) * w.group;
+    if (one_group) return;
     for (int i = 0; i < count; ++i) {
       position[i] = w.position ? w.position[feature + i] : feature + i;
       group[i] = position[i] / w.group;
     }
-    one_group = !w.position && feature % 2 == 0 && count && group[0] == group[count - 1];
   }
 
   // The codes of kLanes features; those behind the last are 0.

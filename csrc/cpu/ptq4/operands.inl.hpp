@@ -161,10 +161,53 @@ FT_INLINE Vec round_pairs(Vec first, Vec second) {
 
 // ---- dX ------------------------------------------------------------------------------------
 
+#if FT_BF16_DOT
+
+// kLanes features of one group: two rows have 2 * kCodes weights there, which make one table.
+inline void pack_pairs_across(const Int4Weight& w, int64_t feature, int64_t begin, int64_t end,
+                              float* strip) {
+  const int64_t group = feature / w.group;
+  const Table table = table_of(w);
+  const auto weights = [&](int64_t n) __attribute__((always_inline)) {
+    return mul(sub(table.values, splat(zero_of(w, n, group))), splat(scale_of(w, n, group)));
+  };
+  // Of lane i: the words of both rows that have their codes i, and where in them.
+  const __m512i words = _mm512_add_epi32(
+      _mm512_set1_epi32(4 << 16),
+      _mm512_mullo_epi32(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+                         _mm512_set1_epi32(0x10001)));
+  const __m512i shifts =
+      _mm512_mullo_epi32(_mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12),
+                         _mm512_set1_epi32(0x10001));
+  const __m512i code = _mm512_set1_epi32(0xf000f), of_second = _mm512_set1_epi32(kCodes << 16);
+  const uint8_t* row = w.codes + begin * w.row_bytes + feature / 2;
+  for (int64_t n = begin; n < end; n += 2, row += 2 * w.row_bytes, strip += kLanes) {
+    const bool both = n + 1 < end;
+    const uint8_t* const next = both ? row + w.row_bytes : row;
+    __builtin_prefetch(row + 2 * kShortRun * w.row_bytes, 0, 2);
+    __builtin_prefetch(next + 2 * kShortRun * w.row_bytes, 0, 2);
+    const __m512i codes = _mm512_castsi128_si512(
+        _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(row)),
+                           _mm_loadl_epi64(reinterpret_cast<const __m128i*>(next))));
+    const __m512i at = _mm512_srlv_epi16(_mm512_permutexvar_epi16(words, codes), shifts);
+    const __m512i pairs =
+        reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(both ? weights(n + 1) : zero(), weights(n)));
+    // (at & code) | of_second
+    const __m512i places = _mm512_ternarylogic_epi32(at, code, of_second, 0xea);
+    store(strip, as_floats(_mm512_permutexvar_epi16(places, pairs)));
+  }
+}
+
+#endif
+
 template <bool kPairs>
 void pack_weights_across(const Operand& a, int64_t line, int lines, int64_t begin, int64_t end,
                          float* strip) {
   const RowReader row(int4_columns(a).w, line, lines);
+#if FT_BF16_DOT
+  if (kPairs && row.one_group && lines == kLanes)
+    return pack_pairs_across(row.w, line, begin, end, strip);
+#endif
   for (int64_t n = begin; n < end; n += kPairs ? 2 : 1, strip += kLanes) {
 #if FT_BF16_DOT
     if constexpr (kPairs) {
