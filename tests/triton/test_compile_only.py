@@ -168,15 +168,18 @@ def test_every_activation_compiles_without_spills(alignment: str, dtype: str) ->
     check(compile_activations("80,90,100", alignment, dtype, "128,50", "every"), ACTIVATIONS)
 
 
-def test_masked_kernels_compile_without_spills() -> None:
-    check(compile_kernels("90", "aligned", "bf16", "some", script="compile_masked.py"), MASKED)
-
-
-@pytest.mark.more
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_every_masked_kernel_compiles_without_spills(dtype: str) -> None:
-    arguments = ("80,90,100", "aligned,odd", dtype, "every")
+@pytest.mark.parametrize(
+    ("architectures", "alignments", "dtypes", "kernels"),
+    [
+        pytest.param("90", "aligned", "bf16", "every", marks=pytest.mark.more),
+        pytest.param("80", "odd", "fp32", "every", marks=pytest.mark.more),
+        pytest.param("80,100", "odd", "bf16,fp16", "some", marks=pytest.mark.more),
+        # Ten minutes and more.
+        pytest.param("80,90,100", "aligned,odd", "bf16,fp32,fp16", "every", marks=pytest.mark.slow),
+    ],
+)
+def test_masked_kernels_compile_for_every_device(
+    architectures: str, alignments: str, dtypes: str, kernels: str
+) -> None:
+    arguments = (architectures, alignments, dtypes, kernels)
     check(compile_kernels(*arguments, script="compile_masked.py"), MASKED)
-    if dtype == "bf16":
-        arguments = ("80,90,100", "odd", "fp16", "some")
-        check(compile_kernels(*arguments, script="compile_masked.py"), MASKED)
