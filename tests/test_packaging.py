@@ -129,6 +129,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     }
     wanted |= {"pyfastft/py.typed", "pyfastft/_build_info.json"}
     wanted |= {f"pyfastft/triton_kernels/_{name}.json" for name in ("engine", "int4_engine")}
+    wanted.add("pyfastft/native/_cpu_engine.json")
     for name in ("bars.toml", "results", "probe.c"):
         source = ROOT / "benchmarks" / name
         files = source.rglob("*") if source.is_dir() else [source] * source.is_file()

@@ -125,8 +125,14 @@ def test_float16_compiles_as_bfloat16_does(precision: str) -> None:
     check(rows, STAGES | PRODUCTS | METHODS)
 
 
-@pytest.mark.more
-@pytest.mark.parametrize("precision", ["bf16-bf16", "fp16-fp16", "fp32-fp32"])
+@pytest.mark.parametrize(
+    "precision",
+    [
+        pytest.param("bf16-bf16", marks=pytest.mark.more),
+        pytest.param("fp16-fp16", marks=pytest.mark.slow),
+        pytest.param("fp32-fp32", marks=pytest.mark.more),
+    ],
+)
 @pytest.mark.parametrize("alignment", ["aligned", "odd"])
 def test_4_bit_weights_compile_without_spills(alignment: str, precision: str) -> None:
     """Groups of a tile and more, of half a tile, and of parts of one."""
@@ -136,14 +142,13 @@ def test_4_bit_weights_compile_without_spills(alignment: str, precision: str) ->
     check(compile_kernels("90,100", alignment, precision, groups, "int4"), INT4)
 
 
-@pytest.mark.more
 @pytest.mark.parametrize(
     ("alignment", "precision", "groups"),
     [
-        ("aligned", "bf16-fp32", "128"),
-        ("aligned", "fp16-fp16", "128"),
-        ("aligned", "fp32-fp32", "128"),
-        ("odd", "bf16-fp32", "128,32"),
+        pytest.param("aligned", "bf16-fp32", "128", marks=pytest.mark.more),
+        pytest.param("aligned", "fp16-fp16", "128", marks=pytest.mark.slow),
+        pytest.param("aligned", "fp32-fp32", "128", marks=pytest.mark.slow),
+        pytest.param("odd", "bf16-fp32", "128,32", marks=pytest.mark.slow),
     ],
 )
 def test_dx_of_4_bit_weights_compiles_without_spills(
@@ -172,8 +177,7 @@ def test_every_activation_compiles_without_spills(alignment: str, dtype: str) ->
     ("architectures", "alignments", "dtypes", "kernels"),
     [
         pytest.param("90", "aligned", "bf16", "every", marks=pytest.mark.more),
-        pytest.param("80", "odd", "fp32", "every", marks=pytest.mark.more),
-        pytest.param("80,100", "odd", "bf16,fp16", "some", marks=pytest.mark.more),
+        pytest.param("80,100", "odd", "bf16,fp32", "some", marks=pytest.mark.more),
         # Ten minutes and more.
         pytest.param("80,90,100", "aligned,odd", "bf16,fp32,fp16", "every", marks=pytest.mark.slow),
     ],
