@@ -60,13 +60,14 @@ MASKED = {
     "_element_grad_kernel",
     "_entry_grad_kernel",
 }
-# Multiples of 8 alone matter to dropout, which one precision shows.
+# Sizes that are not aligned change how operands are loaded, which one precision shows; the others
+# take minutes.
 CASES = [
     pytest.param(
         alignment,
         precision,
         marks=pytest.mark.slow
-        if alignment == "eight" and precision != "bf16-bf16"
+        if alignment != "aligned" and precision != "bf16-bf16"
         else pytest.mark.more,
     )
     for alignment in ("aligned", "odd", "eight")
