@@ -59,6 +59,14 @@ def test_a_hostile_index_is_refused_before_anything_is_written(on: str, name: st
     assert all(bool((one[0] == 1).all()) for one in states)
 
 
+def test_values_without_a_dimension_are_refused(on: str) -> None:
+    weight, index = torch.randn(4, 6), torch.tensor([3])
+    hypers = torch.tensor([[0.1, 0, 1, 1, 0.9, 0.99, 1e-8]], dtype=torch.float64)
+    lists = [[torch.tensor(1.0)] for _ in range(4)]
+    with pytest.raises(ValueError, match=r"values\[0\] of shape"):
+        ops.masked_adamw_([weight], *lists, [index], [1], [1], hypers, None)
+
+
 @pytest.mark.parametrize(
     ("kept", "grown"), [([1, 0], []), ([3], []), ([-1], []), ([0], [2]), ([], [5, 4])]
 )

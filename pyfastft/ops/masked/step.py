@@ -50,7 +50,7 @@ def _expect_step(
         )
         for arg, several in {"values": values, **states, "grads": grads}.items():
             name, tensor = f"{arg}[{i}]", several[i]
-            if tensor.shape[0] == 0 and arg in ("values", optional):
+            if tensor.numel() == 0 and arg in ("values", optional):
                 continue
             expect_dtype(op, name, tensor, (wide(weight.dtype),), "beside weights")
             expect_shape(op, name, tensor, (count,), "to match the rectangles")
