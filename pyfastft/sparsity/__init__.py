@@ -2,6 +2,7 @@
 
 from pyfastft.sparsity.changes import regrow, restored
 from pyfastft.sparsity.layouts import blocks, columns, elements, hashed, heads, nonzero, rows, whole
+from pyfastft.sparsity.model import sets_of
 from pyfastft.sparsity.selection import select
 from pyfastft.sparsity.set import SparseSet, pack
 
@@ -18,5 +19,6 @@ __all__ = [
     "restored",
     "rows",
     "select",
+    "sets_of",
     "whole",
 ]

@@ -218,3 +218,18 @@ def test_what_cannot_regrow() -> None:
         sparsity.regrow([one], [weight], 3)
     with pytest.raises(ValueError, match="dropped_to"):
         sparsity.regrow([one], [weight], 1, dropped_to="base")
+
+
+def test_the_sets_of_a_model_go_by_the_names_of_their_weights() -> None:
+    layers = [torch.nn.Linear(6, 4) for _ in range(3)]
+    model = torch.nn.ModuleDict({"a": layers[0], "b": torch.nn.Sequential(*layers[1:])})
+    assert sparsity.sets_of(model) == {}
+    sets = [sparsity.rows(layer.weight, [1]) for layer in layers[::2]]
+    for layer, one in zip(layers[::2], sets, strict=True):
+        layer.register_parameter("values", one.values)
+    # A layer that shares the weight of another: the first name counts.
+    tied = model["tied"] = torch.nn.Linear(6, 4)
+    tied.weight = layers[0].weight
+    tied.register_parameter("values", sets[0].values)
+    assert sparsity.sets_of(model) == {"a.weight": sets[0], "b.1.weight": sets[1]}
+    assert sparsity.sets_of(layers[0]) == {"weight": sets[0]}
