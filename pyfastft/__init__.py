@@ -2,7 +2,7 @@
 
 from pyfastft import autograd, functional, nn, optim, sparsity
 from pyfastft._op import Explanation, backend, explain
-from pyfastft.config import PTQ4, LoRA
+from pyfastft.config import PTQ4, LoRA, MaskedTuning
 from pyfastft.conversion import Report, convert, merge, pack, revert, unmerge, unpack
 from pyfastft.formats.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, verify
 from pyfastft.formats.peft import hotswap_adapter, load_adapter, save_adapter
@@ -17,6 +17,7 @@ __all__ = [
     "Checkpoint",
     "Explanation",
     "LoRA",
+    "MaskedTuning",
     "QTensor4",
     "Report",
     "autograd",

@@ -6,7 +6,7 @@ import difflib
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -69,6 +69,30 @@ def plan(
             f"{caller}: expected targets of modules that can be changed, got {got}" + _common(named)
         )
     return Plan(modules, skipped)
+
+
+def untied(
+    model: nn.Module, modules: Mapping[str, nn.Module]
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The modules whose weights nothing but them has, and why not the others."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for owner, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((f"{owner}.{name}", module))
+    targeted = {id(module) for module in modules.values()}
+    kept, skipped = {}, {}
+    for name, module in modules.items():
+        sharing = owners[id(module._parameters["weight"])]
+        strangers = [
+            owner
+            for owner, other in sharing
+            if id(other) not in targeted or type(other) is not type(module)
+        ]
+        if strangers:
+            skipped[name] = f"its weight is {strangers[0]} too"
+        else:
+            kept[name] = module
+    return kept, skipped
 
 
 def names_module(targets: str | Collection[str], name: str) -> bool:

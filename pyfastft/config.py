@@ -14,7 +14,7 @@ from pyfastft._codebook import CODEBOOKS
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["PTQ4", "LoRA"]
+__all__ = ["PTQ4", "LoRA", "MaskedTuning"]
 
 ALL_LINEAR = "all-linear"
 
@@ -24,6 +24,9 @@ _FLOAT32_MAX = 3.4028234663852886e38
 _DTYPES = ("float32", "base")
 _METHODS = ("rtn", "hqq")
 _SCALE_DTYPES = ("float32", "bfloat16", "float16")
+_TUNINGS = ("saft", "sara")
+_LAYOUTS = ("element", "rows", "columns", "blocks")
+_SAFT_DENSITY, _SARA_THRESHOLD = 1e-3, 2e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +225,85 @@ class PTQ4(Targeted):
             _reject("symmetric", "False but beside method='rtn' and codebook='int4'", True)
         if self.round_zero and self.method != "hqq":
             _reject("round_zero", "False but beside method='hqq'", True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedTuning(Targeted):
+    r"""Trains some entries of the weights, chosen once over all of them; the rest keeps its bits.
+
+    With :math:`w_i` an entry, d the density and P the number of entries of all targeted weights,
+
+    .. math::
+        S_{SAFT} = \operatorname*{top-}dP_i \; \Big| \sum_b
+            \frac{\partial L_b}{\partial w_i} \Big|, \quad
+        S_{SaRA} = \{i : |w_i| < t\} \; \text{or the} \; dP \; \text{smallest} \; |w_i|
+
+    over the batches b of the calibration. On linear layers. SaRA's progressive choice and its loss
+    are :class:`pyfastft.sparsity.SaRA`.
+
+    Args:
+        method: ``"saft"`` or ``"sara"``.
+        density: d, in (0, 1]; of ``"saft"`` 0.001 by default.
+        threshold: t of ``"sara"``, in place of a density; 0.002 by default.
+        layout: what ``"saft"`` chooses: single entries (``"element"``), or by their mean score
+            ``"rows"``, ``"columns"`` or ``"blocks"``, as many as fit the density.
+        block: edge of a block.
+        passes: how often ``"saft"`` reads the calibration. Each pass sums the gradients of a like
+            share of the weights, in float32; what is chosen is the same for any number. A pass
+            holds its sums and one gradient more.
+        targets, exclude, layers, layers_pattern: as of :class:`LoRA`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message begins with its name.
+
+    Reference:
+        Nguyen et al. 2024, "SAFT: Towards Out-of-Distribution Generalization in Fine-Tuning",
+        arXiv:2407.03036, section 3; Hu et al. 2024, "SaRA: High-Efficient Diffusion Model
+        Fine-tuning with Progressive Sparse Low-Rank Adaptation", arXiv:2409.06633, section 4.
+    """
+
+    method: Literal["saft", "sara"] = "saft"
+    density: float | None = None
+    threshold: float | None = None
+    layout: Literal["element", "rows", "columns", "blocks"] = "element"
+    block: int = 32
+    passes: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (("method", _TUNINGS), ("layout", _LAYOUTS)):
+            if getattr(self, name) not in known:
+                _reject(name, " or ".join(map(repr, known)), getattr(self, name))
+        for name in ("block", "passes"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                _reject(name, "an integer", value, error=TypeError)
+            if value < 1:
+                _reject(name, "at least 1", value)
+        if self.method == "sara":
+            self._expect_sara()
+        elif self.threshold is not None:
+            _reject("threshold", "no value but beside method='sara'", self.threshold)
+        elif self.density is None:
+            self._freeze("density", _SAFT_DENSITY)
+        if self.density is not None:
+            _expect_number("density", self.density)
+            if not 0 < self.density <= 1:
+                _reject("density", "a part of all entries, above 0", self.density)
+
+    def _expect_sara(self) -> None:
+        if self.density is None and self.threshold is None:
+            self._freeze("threshold", _SARA_THRESHOLD)
+        if self.layout != "element":
+            _reject("layout", "'element' beside method='sara'", self.layout)
+        if self.passes != 1:
+            _reject("passes", "1 beside method='sara', which reads no calibration", self.passes)
+        if self.threshold is not None:
+            if self.density is not None:
+                _reject("density", "no value beside a threshold", self.density)
+            _expect_number("threshold", self.threshold)
+            if self.threshold <= 0:
+                _reject("threshold", "a magnitude above 0", self.threshold)
 
 
 def _reject(name: str, what: str, got: object, *, error: type[Exception] = ValueError) -> NoReturn:

@@ -1,19 +1,23 @@
-"""Converting a model in place to train adapters, and back."""
+"""Converting a model in place to train a small part of it, and back."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
+from pyfastft._check import reject
 from pyfastft._report import Report, report
 from pyfastft._targets import Plan, plan
-from pyfastft.config import LoRA
+from pyfastft.config import LoRA, MaskedTuning
 from pyfastft.nn._adapters import layer_for
 from pyfastft.nn._layer import LoRALayer
 from pyfastft.nn.lora import LoRALinear
+from pyfastft.nn.masked import MaskedLinear
 
 __all__ = ["Report", "convert", "merge", "pack", "revert", "unmerge", "unpack"]
 
@@ -28,28 +32,55 @@ class Conversion:
     requires_grad: dict[str, bool]
 
 
-def convert(model: nn.Module, config: LoRA) -> Report:
-    """Put an adapter on every targeted layer, in place, and freeze the rest.
+def convert(
+    model: nn.Module,
+    config: LoRA | MaskedTuning,
+    *,
+    calibration: Iterable[Any] | None = None,
+    loss: Callable[[Any, Any], torch.Tensor] | None = None,
+) -> Report:
+    """Give every targeted layer what trains, in place, and freeze the rest.
 
-    Each linear layer becomes a :class:`pyfastft.nn.LoRALinear` over its own parameters, each
-    convolution and embedding its like; a layer that stands in several places is converted once
-    and stays shared. Afterwards only the adapters
-    train, and the biases that ``config.bias`` names.
+    With :class:`pyfastft.LoRA` each linear layer becomes a :class:`pyfastft.nn.LoRALinear` over its
+    own parameters, each convolution and embedding its like; afterwards only the adapters train, and
+    the biases that ``config.bias`` names. With :class:`pyfastft.MaskedTuning` each linear layer
+    with a chosen entry becomes a :class:`pyfastft.nn.MaskedLinear`, and only the chosen entries
+    train: ``values``, which an optimizer of :mod:`pyfastft.optim` steps together with their
+    weights::
+
+        ft.convert(model, ft.MaskedTuning(method="saft", density=1e-3), calibration=batches)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = ft.optim.MaskedAdamW(trained, lr=1e-4)
+
+    A layer that stands in several places is converted once and stays shared. Layers that share one
+    weight train one set of it; where something else has the weight too, they are left alone.
 
     Args:
         model: any module, not itself such a layer.
         config: which layers, and how.
+        calibration: the batches that ``"saft"`` chooses by; on several ranks the same on each.
+        loss: of the model and a batch; by default ``model(**batch).loss``.
 
     Returns:
         What was converted, and what was targeted and skipped, with the reasons.
 
     Raises:
         ValueError: nothing would be converted; a target matches nothing, with the nearest names;
-            or the model has adapters already, which :func:`revert` takes off.
+            the model was converted already, which :func:`revert` undoes; or the calibration has no
+            batch, or a gradient that is not finite.
+        TypeError: the config is none; or the calibration or the loss is missing, or no tensor.
     """
+    if isinstance(config, MaskedTuning):
+        from pyfastft import tuning
+
+        return tuning.tune(model, config, calibration, loss)
     if not isinstance(config, LoRA):
-        raise TypeError(f"convert: expected config of type LoRA, got {type(config).__name__}")
-    expect_no_adapters(model, "convert")
+        what = "LoRA or MaskedTuning"
+        raise TypeError(f"convert: expected config of type {what}, got {type(config).__name__}")
+    if calibration is not None or loss is not None:
+        because = "where adapters are put on, which look at no data"
+        reject("convert", "calibration and loss", "None", "others", because=because)
+    expect_unconverted(model, "convert")
     planned = plan(model, config)
     layers = build(config, planned)
     install(model, config, layers)
@@ -92,19 +123,28 @@ def install(model: nn.Module, config: LoRA, layers: Mapping[str, LoRALayer]) -> 
     setattr(model, _RECORD, Conversion(config, flags))
 
 
-def revert(model: nn.Module) -> Report:
+def revert(model: nn.Module, *, weights: Literal["trained", "original"] = "trained") -> Report:
     """Undo :func:`convert`, or :func:`quantize` where no adapters came after it: the original
     module objects, training or frozen as before.
 
     Merged adapters are unmerged first, so the weights are the original ones bit for bit, but for
     what ``config.bias`` let train. A wrapper around the changed model does as well.
 
+    Args:
+        weights: of a model that trained in part (:class:`pyfastft.MaskedTuning`): leave them as
+            they are now, or make them the original ones, bit for bit.
+
     Raises:
         ValueError: the model was not changed, or was quantized without ``keep_original``.
     """
+    if weights not in ("trained", "original"):
+        reject("revert", "weights", "'trained' or 'original'", repr(weights))
     if not is_converted(model):
+        from pyfastft import tuning
         from pyfastft.quantization import model as quantization
 
+        if tuning.is_tuned(model):
+            return tuning.restore(model, weights=weights)
         if quantization.is_quantized(model):
             return quantization.restore(model)
     inner, conversion = conversion_of(model, "revert")
@@ -234,10 +274,15 @@ def conversion_of(model: nn.Module, caller: str) -> tuple[nn.Module, Conversion]
     raise ValueError(f"{caller}: expected a model that convert() changed")
 
 
-def expect_no_adapters(model: nn.Module, caller: str) -> None:
-    """ValueError where a module has an adapter already."""
-    for name, _ in adapters(model):
-        raise ValueError(f"{caller}: the model has adapters already ({name}), revert it first")
+def expect_unconverted(model: nn.Module, caller: str) -> None:
+    """ValueError where a module has an adapter, or trains in part, already."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALayer):
+            raise ValueError(f"{caller}: the model has adapters already ({name}), revert it first")
+        if isinstance(module, MaskedLinear):
+            raise ValueError(
+                f"{caller}: the model trains in part already ({name}), revert it first"
+            )
 
 
 def is_converted(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""The LoRA config: what it refuses, and that JSON carries it."""
+"""The configs: what they refuse, and that JSON carries them."""
 
 from __future__ import annotations
 
@@ -102,3 +102,47 @@ def test_it_is_frozen_and_keyword_only() -> None:
         config.r = 5
     with pytest.raises(TypeError):
         ft.LoRA(4)
+
+
+TUNINGS = (
+    ft.MaskedTuning(),
+    ft.MaskedTuning(density=1, layout="blocks", block=8, passes=3, targets=["q"], layers=[1]),
+    ft.MaskedTuning(method="sara"),
+    ft.MaskedTuning(method="sara", density=0.01, exclude=["k"]),
+)
+
+
+@pytest.mark.parametrize("config", TUNINGS)
+def test_json_carries_a_masked_tuning(config: ft.MaskedTuning) -> None:
+    again = ft.MaskedTuning.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert hash(again) == hash(config)
+
+
+def test_what_a_masked_tuning_is_by_default() -> None:
+    assert ft.MaskedTuning().density == 1e-3
+    sara = ft.MaskedTuning(method="sara")
+    assert (sara.density, sara.threshold) == (None, 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named", "error"),
+    [
+        ({"method": "lt-sft"}, "method", ValueError),
+        ({"density": 0}, "density", ValueError),
+        ({"density": 1.5}, "density", ValueError),
+        ({"density": "all"}, "density", TypeError),
+        ({"threshold": 0.1}, "threshold", ValueError),
+        ({"layout": "hashed"}, "layout", ValueError),
+        ({"block": 0}, "block", ValueError),
+        ({"passes": 1.0}, "passes", TypeError),
+        ({"method": "sara", "threshold": 0}, "threshold", ValueError),
+        ({"method": "sara", "threshold": 0.1, "density": 0.1}, "density", ValueError),
+        ({"method": "sara", "layout": "rows"}, "layout", ValueError),
+        ({"method": "sara", "passes": 2}, "passes", ValueError),
+        ({"targets": []}, "targets", ValueError),
+    ],
+)
+def test_a_masked_tuning_refuses_by_the_name_of_the_field(fields, named, error) -> None:
+    with pytest.raises(error, match=rf"^{named}: expected .*, got "):
+        ft.MaskedTuning(**fields)

@@ -30,7 +30,7 @@ from pyfastft.conversion import (
     biases,
     build,
     conversion_of,
-    expect_no_adapters,
+    expect_unconverted,
     install,
     is_converted,
     remember,
@@ -156,7 +156,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
             config, **{name: getattr(conversion.config, name) for name in kept}
         )
     else:
-        expect_no_adapters(model, "load_adapter")
+        expect_unconverted(model, "load_adapter")
         planned = plan(model, config, strict=False)
         with naming(folder / WEIGHTS_FILE):
             _expect_ranks(tensors, config, planned.modules)

@@ -12,6 +12,7 @@ from pyfastft.nn.int4_lora import (
     LoRAInt4Linear,
 )
 from pyfastft.nn.lora import LoRALinear
+from pyfastft.nn.masked import MaskedLinear
 
 __all__ = [
     "Int4Conv1d",
@@ -27,6 +28,7 @@ __all__ = [
     "LoRAInt4Conv3d",
     "LoRAInt4Linear",
     "LoRALinear",
+    "MaskedLinear",
     "RowSquares",
     "disable_adapters",
 ]

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from pyfastft._check import FLOATS, name_of
-
-# Shared with the base layer, so that handles of hooks registered before still remove them.
-HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
+from pyfastft.nn._stand_in import StandIn, title, why_not_kind, why_not_weight
 
 
-class LoRALayer(nn.Module, abc.ABC):
+class LoRALayer(StandIn, abc.ABC):
     """A layer with a low-rank adapter; see :class:`pyfastft.nn.LoRALinear` for the arguments.
 
     ``weight`` and ``bias`` are the base layer's own Parameters under their own names, so the names
@@ -62,11 +50,9 @@ class LoRALayer(nn.Module, abc.ABC):
         super().__init__()
         why = self.why_not(base)
         if why is not None:
-            kinds = " or ".join(map(_title, self.kinds()))
+            kinds = " or ".join(map(title, self.kinds()))
             raise TypeError(f"{type(self).__name__}: expected base of type {kinds}, {why}")
-        # Not a submodule: its parameters would appear a second time, under other names.
-        self.__dict__["_base"] = base
-        self._adopt(base)
+        self._stand_in_for(base)
         self.r = r
         self.dropout = dropout
         self.init = init
@@ -87,9 +73,6 @@ class LoRALayer(nn.Module, abc.ABC):
         self._rebuild_scaling()
         self.enabled = True
         self._original: dict[str, torch.Tensor] | None = None
-        for name in HOOKS:
-            self.__dict__[name] = base.__dict__[name]
-        self.train(base.training)
 
     # -- what each kind of layer says of itself ----------------------------------------------------
 
@@ -120,12 +103,6 @@ class LoRALayer(nn.Module, abc.ABC):
     def why_not(cls, module: nn.Module) -> str | None:
         """Why this layer cannot stand in for the module; None where it can."""
         return why_not_kind(module, cls.kinds()) or why_not_weight(module)
-
-    def _adopt(self, base: nn.Module) -> None:
-        """Take the base's own parameters."""
-        self._base_names = tuple(base._parameters)
-        self.register_parameter("weight", base._parameters["weight"])
-        self.register_parameter("bias", base._parameters.get("bias"))
 
     def _weight_kind(self) -> tuple[torch.dtype, torch.device]:
         """The dtype that the base computes in, and where its weight is."""
@@ -170,11 +147,6 @@ class LoRALayer(nn.Module, abc.ABC):
         update = self.scaling * self.lora_bias
         dtype, _ = self._weight_kind()
         return (update if self.bias is None else self.bias + update).to(dtype)
-
-    @property
-    def base(self) -> nn.Module:
-        """The layer that this one stands in for."""
-        return self.__dict__["_base"]
 
     @property
     def merged(self) -> bool:
@@ -233,20 +205,10 @@ class LoRALayer(nn.Module, abc.ABC):
             getattr(self, name).copy_(value)
         self._original = None
 
-    def take_over(self) -> None:
-        """Leave the base no parameters of its own until :meth:`restore`, only a view of these.
-
-        What replaces parameters (a move from the meta device, sharding) then reaches both, and
-        nothing keeps the replaced ones alive.
-        """
-        self.base.__dict__["_parameters"] = self._parameters
-
     def restore(self) -> nn.Module:
         """The base layer, with the parameters as they are now; the adapter is left out."""
         self.unmerge()
-        kept = {name: self._parameters[name] for name in self._base_names}
-        self.base.__dict__["_parameters"] = kept
-        return self.base.train(self.training)
+        return super().restore()
 
     def adapter(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters by their names in PEFT's files."""
@@ -276,29 +238,3 @@ class LoRALayer(nn.Module, abc.ABC):
         """The base's own description, and the adapter's."""
         own = f"r={self.r}, scale={self._scale:g}, dropout={self.dropout:g}, merged={self.merged}"
         return ", ".join(filter(None, (self.base.extra_repr(), own)))
-
-
-def why_not_kind(module: nn.Module, kinds: Sequence[type[nn.Module]]) -> str | None:
-    """Why the module does not compute as one of these kinds; None where it does."""
-    kind = type(module)
-    known = next((k for k in kinds if isinstance(module, k)), None)
-    if known is None:
-        return f"{kind.__name__} is no {' or '.join(map(_title, kinds))}"
-    if kind.forward is not known.forward or "forward" in vars(module):
-        return f"{kind.__name__} has a forward of its own"
-    return None
-
-
-def why_not_weight(module: nn.Module) -> str | None:
-    """Why the module's weight is none to stand in for; None where it is."""
-    weight = module._parameters.get("weight")
-    if type(weight) is not nn.Parameter:
-        return f"its weight is no plain Parameter but {type(module.weight).__name__}"
-    if weight.dtype not in FLOATS:
-        return f"its weight is of dtype {name_of(weight.dtype)}"
-    return None
-
-
-def _title(kind: type[nn.Module]) -> str:
-    """A class as users know it: ``nn.Linear``."""
-    return f"nn.{kind.__name__}" if kind.__module__.startswith("torch.nn.") else kind.__name__

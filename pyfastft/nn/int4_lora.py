@@ -10,7 +10,8 @@ from torch import nn
 
 from pyfastft.functional import int4_conv, int4_linear, int4_lora_conv, int4_lora_linear
 from pyfastft.nn._int4_weight import BUFFERS, Int4Weight
-from pyfastft.nn._layer import LoRALayer, why_not_kind
+from pyfastft.nn._layer import LoRALayer
+from pyfastft.nn._stand_in import why_not_kind
 from pyfastft.nn.conv import LoRAConv
 from pyfastft.nn.int4 import Int4Conv1d, Int4Conv2d, Int4Conv3d, Int4Linear
 

@@ -12,14 +12,15 @@ import torch
 from torch import nn
 
 from pyfastft._report import Report, report
-from pyfastft._targets import plan
+from pyfastft._targets import plan, untied
 from pyfastft.config import PTQ4
-from pyfastft.conversion import adapters, expect_no_adapters, replace
+from pyfastft.conversion import adapters, expect_unconverted, replace
 from pyfastft.formats._files import naming, read_tensors, some, write_file
 from pyfastft.formats.checkpoint import load_checkpoint
 from pyfastft.nn._adapters import layer_for
 from pyfastft.nn._int4_weight import Int4Weight
-from pyfastft.nn._layer import HOOKS, LoRALayer, why_not_kind, why_not_weight
+from pyfastft.nn._layer import LoRALayer
+from pyfastft.nn._stand_in import HOOKS, why_not_kind, why_not_weight
 from pyfastft.nn.int4 import int4_layer_for
 from pyfastft.nn.lora import is_conv1d
 from pyfastft.quantization.quantizers import quantize_weight
@@ -85,7 +86,7 @@ def quantize(
         raise TypeError(f"quantize: expected config of type PTQ4, got {type(config).__name__}")
     from tqdm import tqdm
 
-    expect_no_adapters(model, "quantize")
+    expect_unconverted(model, "quantize")
     if is_quantized(model):
         raise ValueError("quantize: the model was quantized already, revert it first")
     file = None
@@ -94,7 +95,7 @@ def quantize(
     if file is not None and file.exists():
         raise FileExistsError(f"{file}: expected no such file to keep the weights in")
     planned = plan(model, config, caller="quantize", why_not=_why_not)
-    modules, skipped = _untied(model, planned.modules)
+    modules, skipped = untied(model, planned.modules)
     skipped = {**planned.skipped, **skipped}
     if not modules:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:5])
@@ -140,7 +141,7 @@ def load_quantized(model: nn.Module, path: str | os.PathLike[str], **options: An
         ValueError: a file is damaged; or a layer or another tensor is none of the model's, or of
             another shape.
     """
-    expect_no_adapters(model, "load_quantized")
+    expect_unconverted(model, "load_quantized")
     checkpoint = load_checkpoint(path, **options)
     named, state = dict(model.named_modules()), model.state_dict()
     quantized = {name: layer.weight for name, layer in checkpoint.layers.items()}
@@ -330,30 +331,6 @@ def _why_not_kind(module: nn.Module) -> str | None:
     if int4_layer_for(module) is None or adapted is None:
         return f"{type(module).__name__} is no linear layer or convolution"
     return why_not_kind(module, adapted.kinds()) or why_not_weight(module)
-
-
-def _untied(
-    model: nn.Module, modules: Mapping[str, nn.Module]
-) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The modules whose weights nothing but them has, and why not the others."""
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
-    for owner, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append((f"{owner}.{name}", module))
-    targeted = {id(module) for module in modules.values()}
-    kept, skipped = {}, {}
-    for name, module in modules.items():
-        sharing = owners[id(_weight_of(module))]
-        strangers = [
-            owner
-            for owner, other in sharing
-            if id(other) not in targeted or type(other) is not type(module)
-        ]
-        if strangers:
-            skipped[name] = f"its weight is {strangers[0]} too"
-        else:
-            kept[name] = module
-    return kept, skipped
 
 
 def _weight_of(module: nn.Module) -> nn.Parameter:

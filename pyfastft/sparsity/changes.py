@@ -102,9 +102,7 @@ def _move(
     entries = functional.masked_gather(one.weight, index).to(one.values.dtype)
     values = carried(one.values.detach(), entries)
     length = len(one)
-    one.index = index
-    one.values.data, one.values.grad = values, None
-    one.saved_columns, one.saved_index = one._columns()
+    one.reindex(index, values)
     if optimizer is None:
         return
     state = optimizer.state.get(one.values, {})

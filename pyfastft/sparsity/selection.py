@@ -8,7 +8,12 @@ import torch
 
 from pyfastft._check import reject
 from pyfastft.functional import masked as functional
+from pyfastft.ops.masked._rectangles import matrix_of
+from pyfastft.sparsity.layouts import blocks, columns, rows
 from pyfastft.sparsity.set import SparseSet
+
+# Of which layout the sets are whose groups are chosen whole.
+GROUPED = ("rows", "columns", "blocks")
 
 
 def select(
@@ -52,3 +57,54 @@ def select(
             k = round(density * sum(tensor.numel() for tensor in tensors))
             found = functional.select_topk(tensors, k, score=score, largest=largest, others=others)
     return [SparseSet(weight, index) for weight, index in zip(weights, found, strict=True)]
+
+
+def group_scores(scored: torch.Tensor, layout: str, block: int = 1) -> torch.Tensor:
+    """The mean magnitude of every row, column or block of a matrix (N, K), numbered as the layout's
+    own function numbers them; float32.
+
+    Raises:
+        ValueError: the blocks do not tile the matrix.
+    """
+    matrix = scored.detach().reshape(matrix_of(scored)).float().abs()
+    if layout != "blocks":
+        return matrix.mean(1 if layout == "rows" else 0)
+    n, k = matrix.shape
+    if n % block or k % block:
+        reject("group_scores", "block", f"a divisor of {n} and {k}", block)
+    return matrix.view(n // block, block, k // block, block).mean((1, 3)).reshape(-1)
+
+
+def select_groups(
+    weights: Sequence[torch.Tensor],
+    scores: Sequence[torch.Tensor],
+    count: int,
+    layout: str,
+    block: int = 1,
+) -> list[SparseSet]:
+    """The rows, columns or blocks of the largest scores of all weights, as many as fit in ``count``
+    entries; of equal scores the first.
+
+    Args:
+        weights: what trains.
+        scores: of each weight as :func:`group_scores` gives them.
+        count: the most entries.
+        layout: "rows", "columns" or "blocks", of which ``block`` is the edge.
+    """
+    sizes = [
+        weight.numel() // max(score.numel(), 1)
+        for weight, score in zip(weights, scores, strict=True)
+    ]
+    lengths = [score.numel() for score in scores]
+    order = torch.cat(list(scores)).sort(descending=True, stable=True).indices
+    every = torch.repeat_interleave(torch.tensor(sizes), torch.tensor(lengths)).to(order.device)
+    chosen = order[every[order].cumsum(0) <= count]
+    found, first = [], 0
+    for weight, length in zip(weights, lengths, strict=True):
+        own = chosen[(chosen >= first) & (chosen < first + length)] - first
+        first += length
+        if layout == "blocks":
+            found.append(blocks(weight, own, (block, block)))
+        else:
+            found.append((rows if layout == "rows" else columns)(weight, own))
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +21,15 @@ from pyfastft.ops.masked._rectangles import (
     offsets_of,
     wide,
 )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a set's entries lay, and what they were, when it began to train."""
+
+    index: torch.Tensor
+    entries: torch.Tensor
+
 
 # Where an optimizer keeps a parameter's set.
 ATTRIBUTE = "sparse_set"
@@ -45,6 +55,7 @@ class SparseSet:
         recipe: what the index can be made of again, e.g. the seed of a hashed one; may be empty.
         values: of shape (count * rows * columns,), rectangle by rectangle, each row after row.
         saved_columns: the columns that have a trained entry, int64, where few have; else None.
+        origin: the entries that :meth:`keep_origin` kept, or None.
     """
 
     def __init__(
@@ -72,10 +83,12 @@ class SparseSet:
         entries = functional.masked_gather(weight, index, rows=rows, columns=columns)
         self._own(torch.nn.Parameter(entries.to(wide(weight.dtype))))
         self.saved_columns, self.saved_index = self._columns()
+        self.origin: Origin | None = None
 
     def _own(self, values: torch.nn.Parameter) -> None:
         self.values = values
         setattr(values, ATTRIBUTE, self)
+        self._versions: tuple[int, int] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseSet:
         other = object.__new__(type(self))
@@ -142,7 +155,14 @@ class SparseSet:
     # -- training --------------------------------------------------------------------------------
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """:func:`pyfastft.functional.masked_linear` of x (..., K) with this weight."""
+        """:func:`pyfastft.functional.masked_linear` of x (..., K) with this weight.
+
+        Raises:
+            RuntimeError: the values were stepped without the weight, by an optimizer that is none
+                of :mod:`pyfastft.optim`. Not looked at under ``torch.compile``.
+        """
+        if not torch.compiler.is_compiling():
+            self._expect_written()
         n, k = self.shape
         return functional.masked_linear(
             x,
@@ -154,6 +174,73 @@ class SparseSet:
             bias=bias,
             saved_columns=self.saved_columns,
         )
+
+    def _expect_written(self) -> None:
+        now = self.values._version, self.weight._version
+        if self._versions is not None:
+            values, weight = (a != b for a, b in zip(now, self._versions, strict=True))
+            if values and not weight:
+                raise RuntimeError(
+                    "SparseSet: the values were changed and the weight was not: step them with an "
+                    "optimizer of pyfastft.optim, e.g. MaskedAdamW, or write() them"
+                )
+        self._versions = now
+
+    def reindex(self, index: torch.Tensor, values: torch.Tensor) -> None:
+        """Train other single elements from now on, these masters; gradients are dropped. The
+        weight, and an optimizer's state, are left to the caller."""
+        if self.origin is not None:
+            fresh = index[~torch.isin(index, self.origin.index)]
+            both, order = torch.cat([self.origin.index, fresh]).sort()
+            grown = functional.masked_gather(self.weight, fresh)
+            self.origin = Origin(both, torch.cat([self.origin.entries, grown])[order])
+        self.index = index
+        self.values.data, self.values.grad = values, None
+        self.saved_columns, self.saved_index = self._columns()
+        self._versions = None
+
+    def follow(self, weight: torch.nn.Parameter) -> None:
+        """Belong to another tensor of the same shape, to which the weight was moved or made. The
+        masters keep their precision; neither they nor the weight are written."""
+        device, dtype = weight.device, wide(weight.dtype)
+        values, grad = self.values, self.values.grad
+        values.grad = None
+        values.data = values.data.to(device, dtype)
+        values.grad = None if grad is None else grad.to(device, dtype)
+        self.weight, self.index = weight, self.index.to(device)
+        self.saved_columns, self.saved_index = self._columns()
+        self._versions = None
+
+    # -- the way back ----------------------------------------------------------------------------
+
+    def keep_origin(self) -> None:
+        """Keep the entries as they are now, for :meth:`restore`."""
+        self.origin = Origin(self.index, self.entries())
+
+    def restore(self) -> None:
+        """Make the weight what it was at :meth:`keep_origin`, bit for bit, those entries too that
+        were dropped since.
+
+        Raises:
+            ValueError: nothing was kept.
+        """
+        if self.origin is None:
+            reject("SparseSet", "origin", "entries kept before training", "None")
+        everything = self.changed()
+        everything.write(self.origin.entries.to(self.weight.device, self.weight.dtype))
+        self.read()
+
+    def changed(self) -> SparseSet:
+        """A set of all entries that :meth:`keep_origin` kept, those dropped since among them, with
+        the weight's present values; without an origin the set itself."""
+        if self.origin is None:
+            return self
+        index, layout = self.origin.index, self.layout
+        found = SparseSet(
+            self.weight, index, self.rows, self.columns, layout=layout, recipe=self.recipe
+        )
+        found.origin = self.origin
+        return found
 
     # -- the weight's entries --------------------------------------------------------------------
 
@@ -187,6 +274,7 @@ class SparseSet:
     def read(self) -> None:
         """Make the masters what stands in the weight."""
         self.values.copy_(self.entries())
+        self._versions = None
 
 
 def pack(sets: Iterable[SparseSet]) -> torch.Tensor:

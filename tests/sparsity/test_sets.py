@@ -233,3 +233,27 @@ def test_the_sets_of_a_model_go_by_the_names_of_their_weights() -> None:
     tied.register_parameter("values", sets[0].values)
     assert sparsity.sets_of(model) == {"a.weight": sets[0], "b.1.weight": sets[1]}
     assert sparsity.sets_of(layers[0]) == {"weight": sets[0]}
+
+
+def test_the_origin_holds_all_that_trained_whatever_was_dropped_or_grown() -> None:
+    weights = [torch.randn(20, 30).bfloat16(), torch.randn(10, 30).bfloat16()]
+    before = [weight.clone() for weight in weights]
+    sets = sparsity.select(weights, 0.1)
+    assert sets[0].changed() is sets[0]
+    with pytest.raises(ValueError, match="expected origin of entries kept before training"):
+        sets[0].restore()
+    for one in sets:
+        one.keep_origin()
+    first = [one.mask() for one in sets]
+    trained(sets)
+    scores = [torch.randn_like(weight) for weight in weights]
+    sparsity.regrow(sets, scores, 20, dropped_to="zero")
+    trained(sets)
+    for one, old, mask in zip(sets, before, first, strict=True):
+        both = one.changed()
+        assert_exact(both.mask(), mask | one.mask())
+        assert_exact(both.values.detach(), one.weight.view(-1)[both.offsets()].float())
+        assert int((one.weight != old).sum()) > len(one)
+        one.restore()
+        assert_exact(one.weight, old)
+        assert_exact(one.values.detach(), one.entries().float())
