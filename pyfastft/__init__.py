@@ -7,6 +7,7 @@ from pyfastft.conversion import Report, convert, merge, pack, revert, unmerge, u
 from pyfastft.formats.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, verify
 from pyfastft.formats.peft import hotswap_adapter, load_adapter, save_adapter
 from pyfastft.functional import lora_linear
+from pyfastft.planning import ModelPlan, plan
 from pyfastft.quantization.model import dequantize, load_quantized, quantize
 from pyfastft.quantization.tensor import QTensor4
 
@@ -18,6 +19,7 @@ __all__ = [
     "Explanation",
     "LoRA",
     "MaskedTuning",
+    "ModelPlan",
     "QTensor4",
     "Report",
     "autograd",
@@ -35,6 +37,7 @@ __all__ = [
     "nn",
     "optim",
     "pack",
+    "plan",
     "quantize",
     "revert",
     "save_adapter",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +44,7 @@ def tune(
     if config.method != "saft" and (calibration is not None or loss is not None):
         because = f"where method={config.method!r} looks at the weights alone"
         reject("convert", "calibration and loss", "None", "others", because=because)
-
-    def why_not(module: nn.Module) -> str | None:
-        return MaskedLinear.why_not(module) or _why_not_tiled(module, config)
-
-    planned = plan(model, config, why_not=why_not)
+    planned = plan(model, config, why_not=why_not(config))
     modules, skipped = untied(model, planned.modules)
     skipped = {**planned.skipped, **skipped}
     weights: dict[str, nn.Parameter] = {}
@@ -95,6 +91,15 @@ def restore(model: nn.Module, *, weights: str) -> Report:
 def is_tuned(model: nn.Module) -> bool:
     """Whether :func:`tune` changed the model, or one inside it."""
     return any(_RECORD in module.__dict__ for module in model.modules())
+
+
+def why_not(config: MaskedTuning) -> Callable[[nn.Module], str | None]:
+    """What says why the config cannot train a module, or None where it can."""
+
+    def why(module: nn.Module) -> str | None:
+        return MaskedLinear.why_not(module) or _why_not_tiled(module, config)
+
+    return why
 
 
 def _why_not_tiled(module: nn.Module, config: MaskedTuning) -> str | None:
