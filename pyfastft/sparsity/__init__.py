@@ -3,10 +3,12 @@
 from pyfastft.sparsity.changes import regrow, restored
 from pyfastft.sparsity.layouts import blocks, columns, elements, hashed, heads, nonzero, rows, whole
 from pyfastft.sparsity.model import sets_of
+from pyfastft.sparsity.sara import SaRA, polar_factor
 from pyfastft.sparsity.selection import select
 from pyfastft.sparsity.set import SparseSet, pack
 
 __all__ = [
+    "SaRA",
     "SparseSet",
     "blocks",
     "columns",
@@ -15,6 +17,7 @@ __all__ = [
     "heads",
     "nonzero",
     "pack",
+    "polar_factor",
     "regrow",
     "restored",
     "rows",
