@@ -5,25 +5,30 @@ from pyfastft._op import Explanation, backend, explain
 from pyfastft.config import PTQ4, LoRA, MaskedTuning
 from pyfastft.conversion import Report, convert, merge, pack, revert, unmerge, unpack
 from pyfastft.formats.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, verify
+from pyfastft.formats.delta import load_delta, save_delta
 from pyfastft.formats.peft import hotswap_adapter, load_adapter, save_adapter
 from pyfastft.functional import lora_linear
 from pyfastft.planning import ModelPlan, plan
 from pyfastft.quantization.model import dequantize, load_quantized, quantize
 from pyfastft.quantization.tensor import QTensor4
+from pyfastft.sparsity.delta import Delta, Overlap, compose, overlap
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PTQ4",
     "Checkpoint",
+    "Delta",
     "Explanation",
     "LoRA",
     "MaskedTuning",
     "ModelPlan",
+    "Overlap",
     "QTensor4",
     "Report",
     "autograd",
     "backend",
+    "compose",
     "convert",
     "dequantize",
     "explain",
@@ -31,17 +36,20 @@ __all__ = [
     "hotswap_adapter",
     "load_adapter",
     "load_checkpoint",
+    "load_delta",
     "load_quantized",
     "lora_linear",
     "merge",
     "nn",
     "optim",
+    "overlap",
     "pack",
     "plan",
     "quantize",
     "revert",
     "save_adapter",
     "save_checkpoint",
+    "save_delta",
     "sparsity",
     "unmerge",
     "unpack",

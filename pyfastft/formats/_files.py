@@ -25,8 +25,13 @@ def naming(path: Path) -> Iterator[None]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; ValueError where it is none."""
+    return parse_json(path.read_bytes())
+
+
+def parse_json(text: str | bytes) -> dict[str, Any]:
+    """The same of a file's part."""
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(text)
     except RecursionError:
         raise ValueError("expected a JSON object, got one nested too deeply") from None
     if not isinstance(values, dict):
@@ -36,13 +41,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """A safetensors file's tensors; ValueError where it is damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    return read_tensors_and_metadata(path)[0]
+
+
+def read_tensors_and_metadata(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The same, and its header's metadata."""
+    from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     # A dtype that torch lacks is a KeyError there.
     except (SafetensorError, KeyError, ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: expected a safetensors file, got a damaged one ({error})") from (

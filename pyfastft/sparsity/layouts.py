@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from pyfastft._check import reject
 from pyfastft.functional import masked as functional
-from pyfastft.ops.masked._rectangles import matrix_of
+from pyfastft.ops.masked._rectangles import matrix_of, starts_of
 from pyfastft.sparsity.set import SparseSet
 
 
@@ -55,10 +55,8 @@ def blocks(
     for name, one, total in (("rows", size[0], n), ("columns", size[1], k)):
         if one < 1 or total % one:
             reject("blocks", "size", f"a divisor of {total} {name}", one)
-    across = k // size[1]
-    found = _ascending("blocks", "numbers", numbers, n // size[0] * across)
-    index = found // across * size[0] * k + found % across * size[1]
-    return SparseSet(weight, index, *size, layout="blocks")
+    found = _ascending("blocks", "numbers", numbers, n // size[0] * (k // size[1]))
+    return SparseSet(weight, starts_of(found, *size, k), *size, layout="blocks")
 
 
 def heads(
@@ -90,14 +88,23 @@ def whole(weight: torch.Tensor) -> SparseSet:
 
 def nonzero(weight: torch.Tensor) -> SparseSet:
     """The entries that are not zero: tuning a pruned weight keeps its zeros."""
-    index = weight.detach().reshape(-1).nonzero()[:, 0]
-    return SparseSet(weight, index, layout="nonzero")
+    return SparseSet(weight, derived_index(weight, "nonzero", {}), layout="nonzero")
 
 
 def hashed(weight: torch.Tensor, count: int, seed: int) -> SparseSet:
     """``count`` random entries that are a function of the weight's size and the seed alone, so that
     a file of them needs no index: the top ``count`` of a random score (:func:`select_topk`).
     """
-    rng = torch.tensor([seed, 0], dtype=torch.int64, device=weight.device)
-    index = functional.select_topk(weight, count, score="random", rng=rng)[0]
-    return SparseSet(weight, index, layout="hashed", recipe={"seed": seed, "count": count})
+    recipe = {"seed": seed, "count": count}
+    index = derived_index(weight, "hashed", recipe)
+    return SparseSet(weight, index, layout="hashed", recipe=recipe)
+
+
+def derived_index(weight: torch.Tensor, layout: str, recipe: Mapping[str, int]) -> torch.Tensor:
+    """The ascending flat offsets, int64, that a weight and a recipe make: "hashed" of its size,
+    "nonzero" of what is not zero in it."""
+    weight = weight.detach()
+    if layout == "nonzero":
+        return weight.reshape(-1).nonzero()[:, 0]
+    rng = torch.tensor([recipe["seed"], 0], dtype=torch.int64, device=weight.device)
+    return functional.select_topk(weight, recipe["count"], score="random", rng=rng)[0]

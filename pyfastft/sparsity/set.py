@@ -194,7 +194,8 @@ class SparseSet:
             both, order = torch.cat([self.origin.index, fresh]).sort()
             grown = functional.masked_gather(self.weight, fresh)
             self.origin = Origin(both, torch.cat([self.origin.entries, grown])[order])
-        self.index = index
+        # What the index was made of no longer makes it.
+        self.index, self.layout, self.recipe = index, "element", MappingProxyType({})
         self.values.data, self.values.grad = values, None
         self.saved_columns, self.saved_index = self._columns()
         self._versions = None

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: every one is refused in words that name the file, and nothing else happens.
+"""Damaged files: every one is refused in words that name the file, and nothing else happens.
 
 Each format gets 200 files that cannot be right (cut short, headers that lie, tensors that are
 missing, of another shape or dtype, or hold impossible values) and 200 with bytes of the header
@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 
-from pyfastft.formats import awq, bitsandbytes, checkpoint, compressed_tensors, gguf, gptq
+import pyfastft as ft
+from pyfastft import sparsity
+from pyfastft.formats import awq, bitsandbytes, checkpoint, compressed_tensors, delta, gguf, gptq
 from pyfastft.quantization import QTensor4
 
 COUNT = 200
@@ -192,6 +194,169 @@ def test_headers_with_changed_bytes(format: str, tmp_path: Path) -> None:
             }
         )
     assert refused > COUNT // 2
+
+
+# -- deltas ----------------------------------------------------------------------------------------
+
+
+def delta_file(path: Path) -> bytes:
+    # The last of 345 offsets are no multiple of what low bits can be.
+    weights = [torch.randn(15, 23).bfloat16(), *torch.randn(3, 16, 24).bfloat16()]
+    weights[3][::2] = 0
+    sets = {
+        "element": sparsity.select(weights[:1], 0.1)[0],
+        "blocks": sparsity.blocks(weights[1], [0, 3], (4, 4)),
+        "hashed": sparsity.hashed(weights[2], 20, 3),
+        "nonzero": sparsity.nonzero(weights[3]),
+    }
+    ft.save_delta(sets, path)
+    return path.read_bytes()
+
+
+def opened(content: bytes) -> tuple[dict, dict[str, torch.Tensor]]:
+    (size,) = struct.unpack("<Q", content[:8])
+    (text,) = json.loads(content[8 : 8 + size])["__metadata__"].values()
+    return json.loads(text.partition("\n")[2]), load(content)
+
+
+def forged(manifest: object, tensors: dict[str, torch.Tensor]) -> bytes:
+    """A file that states the right sha256 of whatever it holds."""
+    text = json.dumps(manifest)
+    stated = f"{delta._sha256(text, tensors)}\n{text}"
+    return save(tensors, metadata={"pyfastft.delta": stated})
+
+
+def other_field(manifest: dict, tensors: dict, rng: random.Random) -> None:
+    """A parameter's field is missing, of another type, or says what cannot be."""
+    entry = manifest["parameters"][rng.choice(["element", "blocks", "hashed", "nonzero"])]
+    key = rng.choice(list(entry))
+    wrong = {
+        "shape": [[], [16], [16, -24], [2**40, 2**40], [16.0, 24], [True, 24], [3, 5]],
+        "dtype": ["int8", "float32", "", 3],
+        "layout": [None, 3],
+        "rows": [0, -1, 5, 2**70, True],
+        "columns": [0, -1, 7, 2**70, 2.0],
+        "fingerprint": ["", "0" * 63, "g" * 64, None],
+        "index_sha256": ["", "0" * 65, None],
+        "index": ["all", "gaps", None, "numbers", "hashed"],
+        "low_bits": [-1, 0, 1, 9, 62, 63, 2**70, "2"],
+        "recipe": [{}, {"seed": 3}, {"seed": 2**63, "count": 20}, {"seed": 3, "count": 10**12}],
+    }[key]
+    value = rng.choice([one for one in wrong if one != entry[key]])
+    if rng.random() < 0.2:
+        del entry[key]
+    else:
+        entry[key] = value
+
+
+def other_manifest(manifest: dict, tensors: dict, rng: random.Random) -> None:
+    """The manifest as a whole is of another version or kind, or names other parameters."""
+    parameters = manifest["parameters"]
+    change = rng.choice([
+        lambda: manifest.update(version=rng.choice([0, 2, "1", None])),
+        lambda: manifest.update(kind=rng.choice(["", "sum", None, []])),
+        lambda: manifest.update(parameters=rng.choice([[], None, {}])),
+        lambda: manifest.pop(rng.choice(list(manifest))),
+        lambda: manifest.update(more=1),
+        lambda: parameters.pop(rng.choice(list(parameters))),
+        lambda: parameters.update({"x": parameters["element"]}),
+        lambda: parameters.update({"element": rng.choice([[], None, "x", 1])}),
+    ])  # fmt: skip
+    change()
+
+
+def other_values(manifest: dict, tensors: dict, rng: random.Random) -> None:
+    """Values that are not finite, of another number, shape or dtype, or missing."""
+    key = rng.choice([name for name in tensors if name.endswith("::values")])
+    value = tensors[key].clone()
+    value[rng.randrange(len(value))] = rng.choice([float("nan"), float("inf")])
+    # How many entries are not zero, only their weight tells: apply does.
+    fewer = tensors[key][:-1] if "nonzero" not in key else value
+    tensors[key] = rng.choice([value, fewer, tensors[key][None], tensors[key].float()])
+    if rng.random() < 0.2:
+        del tensors[key]
+
+
+def other_index(manifest: dict, tensors: dict, rng: random.Random) -> None:
+    """An index that is cut, of another dtype, or of numbers that repeat, fall or lie outside."""
+    key = rng.choice([name for name in tensors if name.endswith("::index")])
+    name = key.removesuffix("::index")
+    stream, entry = tensors[key].clone(), manifest["parameters"][name]
+    area = entry["rows"] * entry["columns"]
+    count = len(tensors[f"{name}::values"]) // area
+    end = entry["shape"][0] * entry["shape"][1] // area
+    bits = entry["low_bits"]
+    string = bits * -(-count // 8)
+    if rng.random() < 0.5:
+        # Of ones alone there are more numbers, of zeros alone none.
+        stream[string:] = rng.choice([0, 255])
+    else:
+        # In the same bytes the same number again, or a last one beyond the end, where low bits go.
+        beyond = [*range(count - 1), (end - 1 >> bits << bits) + 2**bits - 1]
+        numbers = torch.tensor(beyond if beyond[-1] >= end else [end - 1] * count)
+        ones = torch.zeros(8 * (len(stream) - string), dtype=torch.uint8)
+        ones[(numbers >> bits) + torch.arange(count)] = 1
+        planes = [delta._pack_bits((numbers >> bit & 1).byte()) for bit in range(bits)]
+        stream = torch.cat([*planes, delta._pack_bits(ones)])
+    at = rng.randrange(len(stream))
+    tensors[key] = rng.choice([stream, stream, stream[:at], stream.short(), stream[None]])
+    if rng.random() < 0.1:
+        del tensors[key]
+
+
+DELTA_CHANGES = (other_field, other_manifest, other_values, other_index)
+
+
+def test_deltas_that_cannot_be_right(tmp_path: Path) -> None:
+    rng = random.Random(2)
+    path = tmp_path / "task.delta"
+    good = delta_file(path)
+    assert list(ft.load_delta(path).changes) == ["element", "blocks", "hashed", "nonzero"]
+    path.write_bytes(forged(*opened(good)))
+    assert len(ft.load_delta(path).changes) == 4
+    for i in range(COUNT):
+        if i % 5 == 0:
+            damage = DAMAGES[i // 5 % len(DAMAGES)]
+            path.write_bytes(damage(good, rng))
+        else:
+            damage = DELTA_CHANGES[i % 5 - 1]
+            manifest, tensors = opened(good)
+            damage(manifest, tensors, rng)
+            path.write_bytes(forged(manifest, {k: t.contiguous() for k, t in tensors.items()}))
+        error = error_of(lambda: ft.load_delta(path))
+        assert "task.delta: " in error, f"{i}: {damage.__name__}"
+        assert "expected" in error
+    manifest, tensors = opened(good)
+    manifest["parameters"]["hashed"]["shape"] = [2**40, 2**40]
+    path.write_bytes(forged(manifest, tensors))
+    assert "hashed: expected fewer than 2^63 elements" in error_of(lambda: ft.load_delta(path))
+    manifest, tensors = opened(good)
+    manifest["parameters"]["blocks"]["index"] = "all"
+    del manifest["parameters"]["blocks"]["low_bits"], tensors["blocks::index"]
+    path.write_bytes(forged(manifest, tensors))
+    assert "blocks: expected values of 24 rectangles" in error_of(lambda: ft.load_delta(path))
+
+
+def test_deltas_with_changed_bytes(tmp_path: Path) -> None:
+    """A delta states its sha256, so that a byte anywhere is seen."""
+    rng = random.Random(3)
+    path = tmp_path / "task.delta"
+    good = delta_file(path)
+    for _ in range(COUNT):
+        at = rng.randrange(len(good))
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1 << rng.randrange(8)]) + good[at + 1 :])
+        assert "task.delta: expected" in error_of(lambda: ft.load_delta(path)), str(at)
+    for text in ("", "\n", "\n{}"):
+        path.write_bytes(save({}, metadata={"pyfastft.delta": text}))
+        assert "task.delta: expected" in error_of(lambda: ft.load_delta(path))
+    for text in ("[]", "[" * 100_000, "{", "{}"):
+        stated = f"{delta._sha256(text, {})}\n{text}"
+        path.write_bytes(save({}, metadata={"pyfastft.delta": stated}))
+        assert "task.delta: " in error_of(lambda: ft.load_delta(path))
+    path.write_bytes(save({"x": torch.ones(2)}))
+    assert "expected a delta" in error_of(lambda: ft.load_delta(path))
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        ft.load_delta(tmp_path / "nothing")
 
 
 def gguf_file() -> bytes:

@@ -8,6 +8,7 @@ after row. Elements are rectangles of 1 x 1, rows of 1 x K, columns of N x 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
@@ -24,9 +25,14 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def matrix_of(weight: torch.Tensor) -> tuple[int, int]:
     """N and K of a weight."""
-    n = weight.shape[0] if weight.dim() > 1 else 1
+    return matrix_of_shape(weight.shape)
+
+
+def matrix_of_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """N and K of a weight of this shape."""
+    n, rest = (shape[0], shape[1:]) if len(shape) > 1 else (1, shape)
     k = 1
-    for size in weight.shape[1:] if weight.dim() > 1 else weight.shape:
+    for size in rest:
         k *= size
     return n, k
 
@@ -66,6 +72,18 @@ def offsets_of(index: torch.Tensor, rows: int, columns: int, k: int) -> torch.Te
     return (first + down + across).reshape(-1)
 
 
+def starts_of(numbers: torch.Tensor, rows: int, columns: int, k: int) -> torch.Tensor:
+    """The flat offsets of rectangles given by their numbers along the rows of their grid."""
+    across = max(k // columns, 1)
+    return numbers // across * rows * k + numbers % across * columns
+
+
+def numbers_of(index: torch.Tensor, rows: int, columns: int, k: int) -> torch.Tensor:
+    """The inverse of :func:`starts_of`, int64; both keep the order."""
+    first, wide_k = index.long(), max(k, 1)
+    return first // wide_k // rows * (k // columns) + first % wide_k // columns
+
+
 def check_index(
     op: str, index: torch.Tensor, rows: int, columns: int, n: int, k: int, arg: str = "index"
 ) -> None:
@@ -78,6 +96,8 @@ def check_index(
     if int(first[0]) < 0 or int(first[-1]) >= n * k:
         got = f"offsets from {int(first[0])} to {int(first[-1])}"
         reject(op, arg, f"offsets within {n * k} elements", got)
+    if rows * columns == 1:
+        return
     off = (first // k % rows != 0) | (first % k % columns != 0)
     if bool(off.any()):
         got = f"offset {int(first[off][0])}"
