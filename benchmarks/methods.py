@@ -329,16 +329,16 @@ def sizes(task: Task, method: Method) -> dict[str, int]:
 
 
 def file_bytes(model: Classifier) -> int:
-    """What a file of the trained encoder takes, the head left out: all of it, an adapter, or the
-    trained values with their offsets as they lie in memory."""
-    sets = ft.sparsity.sets_of(model)
-    if sets:
-        return sum(one.index.nbytes + one.values.nbytes for one in sets.values())
-    if any(isinstance(module, ft.nn.LoRALinear) for module in model.modules()):
-        with tempfile.TemporaryDirectory() as folder:
+    """What a file of the trained encoder takes, the head left out: all of it, an adapter, or a
+    delta."""
+    with tempfile.TemporaryDirectory() as folder:
+        if ft.sparsity.sets_of(model):
+            ft.save_delta(model, Path(folder) / "delta")
+        elif any(isinstance(module, ft.nn.LoRALinear) for module in model.modules()):
             ft.save_adapter(model, folder)
-            return sum(file.stat().st_size for file in Path(folder).iterdir())
-    return sum(p.nbytes for p in model.encoder.parameters())
+        else:
+            return sum(p.nbytes for p in model.encoder.parameters())
+        return sum(file.stat().st_size for file in Path(folder).iterdir())
 
 
 def _standard_error(values: Sequence[float]) -> float | None:
