@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -16,6 +17,7 @@ from pyfastft import _doctor
 from pyfastft.__main__ import main
 from pyfastft._env import VARIABLES
 from pyfastft._op import BACKENDS, REGISTRY, Impl
+from pyfastft.testing.samples import samples
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,7 +103,11 @@ def only_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("only_reference")
-def test_doctor_tests_every_op(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_tests_every_op(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # All samples are test_registry's matter.
+    monkeypatch.setattr(_doctor, "samples", lambda op: itertools.islice(samples(op), 1))
     assert exit_code() == 0
     text = capsys.readouterr().out
     for op in REGISTRY:

@@ -6,6 +6,7 @@ Nothing in this file names an op: a new one is tested as soon as it has samples.
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -55,31 +56,49 @@ def mapped(function: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple([one(a) for a in arg] if isinstance(arg, list) else one(arg) for arg in args)
 
 
-def skip_unless_supported(op: Op, name: str, args: tuple[Any, ...]) -> None:
+def why_not(op: Op, name: str, args: tuple[Any, ...]) -> str | None:
     impl = op.impl(name)
-    why = impl if isinstance(impl, str) else impl.unsupported(*args)
-    if why is not None:
+    return impl if isinstance(impl, str) else impl.unsupported(*args)
+
+
+def skip_unless_at_hand(op: Op, name: str) -> None:
+    if isinstance(impl := op.impl(name), str):
+        pytest.skip(impl)
+
+
+def skip_unless_supported(op: Op, name: str, args: tuple[Any, ...]) -> None:
+    if (why := why_not(op, name, args)) is not None:
         pytest.skip(why)
 
 
 def run_cases() -> list[Any]:
-    cases = []
-    for name in BACKENDS:
-        for sample in SMALL_SAMPLES if name == "triton" and not GPU else ALL_SAMPLES:
-            for precision in PRECISIONS:
-                identity = f"{sample.op}-{name}-{precision}-{sample}"
-                cases.append(pytest.param(name, precision, sample, id=identity))
-    return cases
+    """By sample, so that its truth is computed once for all backends."""
+    return [
+        pytest.param(name, precision, sample, id=f"{sample.op}-{name}-{precision}-{sample}")
+        for sample in ALL_SAMPLES
+        for precision in PRECISIONS
+        for name in BACKENDS
+        if GPU or name != "triton" or not sample.large
+    ]
+
+
+@functools.lru_cache(maxsize=4)
+def truth_of(
+    sample: Sample, precision: Precision, device: torch.device
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """What the reference gives in float64, and in the sample's own precision."""
+    op, args = REGISTRY[sample.op], sample.build(precision, device)
+    return run(op, "reference", upcast(args)), run(op, "reference", args)
 
 
 @pytest.mark.parametrize(("name", "precision", "sample"), run_cases())
 def test_truth(name: str, precision: Precision, sample: Sample) -> None:
     op = REGISTRY[sample.op]
+    skip_unless_at_hand(op, name)
     args = sample.build(precision, device_of(name))
     skip_unless_supported(op, name, args)
     actual = run(op, name, args)
-    truth = run(op, "reference", upcast(args))
-    naive = run(op, "reference", args)
+    truth, naive = truth_of(sample, precision, device_of(name))
     gradient = sample.op.endswith("_backward")
     for i, (a, t, n) in enumerate(zip(actual, truth, naive, strict=True)):
         assert a.is_contiguous()
@@ -96,6 +115,7 @@ def test_inputs_are_left_alone(name: str, sample: Sample) -> None:
     op = REGISTRY[sample.op]
     if op.mutates:
         pytest.skip("mutates by design")
+    skip_unless_at_hand(op, name)
     args = sample.build(FLOAT32, device_of(name))
     skip_unless_supported(op, name, args)
     before = copy.deepcopy(_tensors(args))
@@ -107,6 +127,11 @@ def test_inputs_are_left_alone(name: str, sample: Sample) -> None:
         assert_exact(new, old, "an input")
 
 
+def first_at_hand(op: Op, args: tuple[Any, ...]) -> str:
+    """A backend for what is the same on all: how an op is registered, traced and compiled."""
+    return "cpu" if why_not(op, "cpu", args) is None else "reference"
+
+
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 @pytest.mark.parametrize("sample", SMALL_SAMPLES, ids=lambda s: f"{s.op}-{s}")
 def test_opcheck(name: str, sample: Sample) -> None:
@@ -114,15 +139,25 @@ def test_opcheck(name: str, sample: Sample) -> None:
     op = REGISTRY[sample.op]
     args = sample.build(FLOAT32, CPU)
     skip_unless_supported(op, name, args)
+    checks = ["test_schema", "test_faketensor"]
+    if name == first_at_hand(op, args):
+        checks.append("test_autograd_registration")
+        if not is_differentiable(sample):
+            # Of the others test_compiles_whole_with_dynamic_shapes checks it, and the bits too.
+            checks.append("test_aot_dispatch_dynamic")
     if op.derivative is not None:
         args = mapped(lambda a: a.requires_grad_() if a.is_floating_point() else a, args)
     with backend(name):
-        torch.library.opcheck(op.overload, args)
+        torch.library.opcheck(op.overload, args, test_utils=checks)
+
+
+def is_differentiable(sample: Sample) -> bool:
+    args = _tensors(sample.build(FLOAT32, CPU))
+    return REGISTRY[sample.op].derivative is not None and all(a.numel() for a in args)
 
 
 def differentiable_samples() -> list[Sample]:
-    wanted = [s for s in SMALL_SAMPLES if REGISTRY[s.op].derivative is not None]
-    return [s for s in wanted if all(a.numel() for a in _tensors(s.build(FLOAT32, CPU)))]
+    return [sample for sample in SMALL_SAMPLES if is_differentiable(sample)]
 
 
 def _tensors(args: tuple[Any, ...]) -> list[torch.Tensor]:
@@ -164,24 +199,17 @@ def tiny_samples() -> list[Sample]:
     return [s for s in several if sum(a.numel() for a in _tensors(s.build(FLOAT32, CPU))) < 400]
 
 
-@pytest.mark.parametrize("way", ["op", "operator", "Function"])
 @pytest.mark.parametrize("sample", tiny_samples(), ids=str)
-def test_gradcheck(way: str, sample: Sample) -> None:
-    import pyfastft.autograd as functions
-
+def test_gradcheck(sample: Sample) -> None:
+    """Of the operator; the op itself gives the same bits (test_gradients_through_autograd)."""
     op = REGISTRY[sample.op]
     args = leaves(sample.build(FLOAT64, CPU))
-    if way == "Function":
-        if op.lists:
-            pytest.skip("a Function does not see tensors in lists")
-        known = [getattr(functions, name) for name in functions.__all__]
-        function = next(f for f in known if f is op.derivative)
-    call = {"op": op, "operator": op.overload}.get(way) or function.apply
     inputs = [a for a in _tensors(args) if a.requires_grad]
 
     def output(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         replaced = iter(values)
-        return first(call(*mapped(lambda a: next(replaced) if a.requires_grad else a, args)))
+        replaced_args = mapped(lambda a: next(replaced) if a.requires_grad else a, args)
+        return first(op.overload(*replaced_args))
 
     with backend("reference"):
         assert torch.autograd.gradcheck(output, inputs)
@@ -192,6 +220,7 @@ def test_gradcheck(way: str, sample: Sample) -> None:
 def test_gradients_through_autograd(name: str, sample: Sample) -> None:
     """Autograd's gradients of a backend, by the eager short way and through the dispatcher."""
     op = REGISTRY[sample.op]
+    skip_unless_at_hand(op, name)
     args = leaves(sample.build(FLOAT32, device_of(name)))
     skip_unless_supported(op, name, args)
     with backend("reference"):
@@ -202,6 +231,18 @@ def test_gradients_through_autograd(name: str, sample: Sample) -> None:
     for s, g, t, n in zip(short, long, truth, naive, strict=True):
         assert_exact(s, g, "the short way's gradient")
         assert_accurate(s, t, n, gradient=True, what="gradient")
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
+def test_the_public_function_gives_the_same_gradients(op: Op) -> None:
+    import pyfastft.autograd as functions
+
+    if op.lists:
+        pytest.skip("a Function does not see tensors in lists")
+    function = next(f for f in map(functions.__dict__.get, functions.__all__) if f is op.derivative)
+    args = leaves(next(samples(op.name)).build(FLOAT32, CPU))
+    for one, other in zip(gradients(function.apply, args), gradients(op, args), strict=True):
+        assert_exact(one, other, "a gradient")
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
@@ -236,20 +277,18 @@ def test_double_backward_raises(op: Op, way: str) -> None:
         torch.autograd.grad(sum(g.sum() for g in grads), inputs)
 
 
-@pytest.mark.parametrize("name", ["cpu", "reference"])
 @pytest.mark.parametrize("sample", differentiable_samples(), ids=str)
-def test_compiles_whole_with_dynamic_shapes(name: str, sample: Sample) -> None:
+def test_compiles_whole_with_dynamic_shapes(sample: Sample) -> None:
     """One graph, and the same bits as eager mode, forward and backward."""
     op = REGISTRY[sample.op]
     args = leaves(sample.build(FLOAT32, CPU))
-    skip_unless_supported(op, name, args)
 
     def step(*args: Any) -> tuple[list[torch.Tensor]]:
         return ([output.relu() * 2 for output in first(op(*args))],)
 
     torch._dynamo.reset()
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
-    with backend(name):
+    with backend(first_at_hand(op, args)):
         expected, actual = gradients(step, args), gradients(compiled, args)
     for a, e in zip(actual, expected, strict=True):
         assert_exact(a, e, f"compiled {sample}")
