@@ -282,7 +282,7 @@ def measure(
             "task": name,
             "learning_rate": rate,
             **sizes(task, method),
-            "epochs": 1,
+            "steps": len(task.batches(0, most)),
             "batch": BATCH,
             "most_tokens": MOST_TOKENS,
         }

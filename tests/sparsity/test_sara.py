@@ -48,6 +48,12 @@ def test_the_polar_factor_is_that_of_the_decomposition(shape: Any, scale: float)
     assert_accurate(wide[at].float(), truth[at], truth[at].float())
 
 
+def test_the_polar_factor_of_small_singular_values() -> None:
+    """What the first polynomials alone leave below 1."""
+    matrix = torch.diag(torch.tensor([1, 0.5, 4e-4], dtype=torch.float64))
+    assert_exact(sparsity.polar_factor(matrix).float().round(decimals=7), torch.eye(3))
+
+
 def test_the_polar_factor_of_nothing_is_nothing() -> None:
     assert_exact(sparsity.polar_factor(torch.zeros(3, 5)), torch.zeros(3, 5))
 
