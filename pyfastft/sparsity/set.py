@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -33,6 +34,10 @@ class Origin:
 
 # Where an optimizer keeps a parameter's set.
 ATTRIBUTE = "sparse_set"
+# Equal lists of columns are one tensor: layers over one x can then tell that they want the same.
+_COLUMNS: weakref.WeakValueDictionary[tuple[torch.device, bytes], torch.Tensor] = (
+    weakref.WeakValueDictionary()
+)
 # Of x a copy is saved where at most this part of its columns train; beyond it x itself, of which
 # others may hold the same memory.
 _MOST_SAVED = 0.5
@@ -94,8 +99,9 @@ class SparseSet:
         other = object.__new__(type(self))
         memo[id(self)] = other
         for name, value in vars(self).items():
-            # A mapping proxy cannot be copied, and never changes.
-            kept = value if name == "recipe" else copy.deepcopy(value, memo)
+            # These never change, and a mapping proxy cannot be copied.
+            never = name in ("recipe", "saved_columns")
+            kept = value if never else copy.deepcopy(value, memo)
             setattr(other, name, kept)
         other._own(other.values)
         return other
@@ -137,6 +143,7 @@ class SparseSet:
             return None, self.index
         across = torch.arange(self.columns, device=first.device)
         saved = (groups[:, None] * self.columns + across).reshape(-1)
+        saved = _COLUMNS.setdefault((saved.device, saved.cpu().numpy().tobytes()), saved)
         place = torch.searchsorted(groups, first % k // self.columns) * self.columns
         return saved, (first // k * saved.numel() + place).to(self.index.dtype)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -183,6 +185,45 @@ def test_only_the_columns_that_train_are_saved() -> None:
     assert (
         saved_elements(sparsity.rows(weight, [3]), x.requires_grad_()) == 64 * 40 + weight.numel()
     )
+
+
+def test_layers_over_one_x_keep_one_copy_of_the_columns_they_share() -> None:
+    sets = [sparsity.columns(torch.randn(n, 40), [3, 9, 30]) for n in (20, 12)]
+    sets.append(copy.deepcopy(sets[0]))
+    other = sparsity.columns(torch.randn(20, 40), [3, 9, 31])
+    x = torch.randn(64, 40)
+    changed = torch.randn(64, 40)
+    saved: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point():
+            saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        ys = [one.linear(x) for one in sets]
+        ys += [other.linear(x), sets[0].linear(changed)]
+        first = changed.clone()
+        changed.zero_()
+        ys.append(sets[1].linear(changed))
+    places = [tensor.data_ptr() for tensor in saved]
+    assert len(set(places[:3])) == 1
+    assert len(set(places)) == 4
+    for y, one, read in ((ys[1], sets[1], x), (ys[4], sets[0], first), (ys[5], sets[1], changed)):
+        found = torch.autograd.grad(y.sum(), one.values)[0]
+        truth = read.double().sum(0)[[3, 9, 30]].repeat_interleave(one.shape[0])
+        naive = read.sum(0)[[3, 9, 30]].repeat_interleave(one.shape[0])
+        assert_accurate(found, truth, naive, gradient=True)
+
+
+def test_a_slice_of_x_lives_no_longer_than_what_saved_it() -> None:
+    one = sparsity.columns(torch.randn(20, 40), [3, 9])
+    x = torch.randn(64, 40)
+    y = one.linear(x)
+    kept = weakref.ref(y.grad_fn.saved_tensors[0])
+    assert kept() is not None
+    del y
+    assert kept() is None
 
 
 def test_masked_linear_wants_a_frozen_weight() -> None:

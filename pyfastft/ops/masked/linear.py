@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class MaskedLinearFunction(torch.autograd.Function):
         need_x, _, ctx.need_bias, need_values = ctx.needs_input_grad[:4]
         kept = None
         if need_values:
-            kept = x if saved is None else x.index_select(-1, saved)
+            kept = x if saved is None else _columns_of(x, saved)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(kept, weight if need_x else None, index)
 
@@ -52,3 +53,34 @@ class MaskedLinearFunction(torch.autograd.Function):
         if kept is not None:
             dvalues = masked_weight_grad(grad, kept, index, ctx.rows, ctx.columns)
         return dx, None, dbias, dvalues, None, None, None, None
+
+
+class _Slice:
+    """The columns that were taken last, of what and while it was what; nothing is kept alive."""
+
+    def __init__(self, x: torch.Tensor, saved: torch.Tensor, kept: torch.Tensor) -> None:
+        self.x, self.saved, self.kept = map(weakref.ref, (x, saved, kept))
+        self.version = x._version
+
+    def find(self, x: torch.Tensor, saved: torch.Tensor) -> torch.Tensor | None:
+        """They, where these are their x and columns."""
+        same = self.x() is x and self.saved() is saved and self.version == x._version
+        return self.kept() if same else None
+
+
+_last: _Slice | None = None
+
+
+def _columns_of(x: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:
+    """Columns of x. Layers that read one x and train the same columns of it, as those of queries,
+    keys and values may, have one copy of them."""
+    global _last
+    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or captured or x.is_inference():
+        return x.index_select(-1, saved)
+    last = _last
+    kept = None if last is None else last.find(x, saved)
+    if kept is None:
+        kept = x.index_select(-1, saved)
+        _last = _Slice(x, saved, kept)
+    return kept
