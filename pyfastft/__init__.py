@@ -9,6 +9,7 @@ from pyfastft.formats.delta import load_delta, save_delta
 from pyfastft.formats.peft import hotswap_adapter, load_adapter, save_adapter
 from pyfastft.functional import lora_linear
 from pyfastft.planning import ModelPlan, plan
+from pyfastft.pruning.compaction import compact
 from pyfastft.quantization.model import dequantize, load_quantized, quantize
 from pyfastft.quantization.tensor import QTensor4
 from pyfastft.sparsity.delta import Delta, Overlap, compose, overlap
@@ -28,6 +29,7 @@ __all__ = [
     "Report",
     "autograd",
     "backend",
+    "compact",
     "compose",
     "convert",
     "dequantize",

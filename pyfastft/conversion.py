@@ -124,8 +124,8 @@ def install(model: nn.Module, config: LoRA, layers: Mapping[str, LoRALayer]) -> 
 
 
 def revert(model: nn.Module, *, weights: Literal["trained", "original"] = "trained") -> Report:
-    """Undo :func:`convert`, or :func:`quantize` where no adapters came after it: the original
-    module objects, training or frozen as before.
+    """Undo :func:`convert`, or :func:`quantize` or :func:`compact` where no adapters came after it:
+    the original module objects, training or frozen as before.
 
     Merged adapters are unmerged first, so the weights are the original ones bit for bit, but for
     what ``config.bias`` let train. A wrapper around the changed model does as well.
@@ -135,18 +135,22 @@ def revert(model: nn.Module, *, weights: Literal["trained", "original"] = "train
             they are now, or make them the original ones, bit for bit.
 
     Raises:
-        ValueError: the model was not changed, or was quantized without ``keep_original``.
+        ValueError: the model was not changed, or was quantized or compacted without
+            ``keep_original``; or the file of the weights is damaged or of another model.
     """
     if weights not in ("trained", "original"):
         reject("revert", "weights", "'trained' or 'original'", repr(weights))
     if not is_converted(model):
         from pyfastft import tuning
+        from pyfastft.pruning import compaction
         from pyfastft.quantization import model as quantization
 
         if tuning.is_tuned(model):
             return tuning.restore(model, weights=weights)
         if quantization.is_quantized(model):
             return quantization.restore(model)
+        if compaction.is_compacted(model):
+            return compaction.restore(model)
     inner, conversion = conversion_of(model, "revert")
     layers: dict[nn.Module, nn.Module] = {layer: layer.restore() for _, layer in adapters(inner)}
     names = [name for name, _ in adapters(inner)]

@@ -61,6 +61,35 @@ def read_tensors_and_metadata(path: Path) -> tuple[dict[str, torch.Tensor], dict
         )
 
 
+def file_of_originals(keep_original: str | os.PathLike[str] | None) -> Path | None:
+    """The file that ``keep_original`` names, if it names one; FileExistsError where it is there."""
+    if keep_original is None or keep_original == "cpu":
+        return None
+    file = Path(keep_original)
+    if file.exists():
+        raise FileExistsError(f"{file}: expected no such file to keep the weights in")
+    return file
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file; each tensor whole, whatever it is a view of."""
+    from safetensors.torch import save
+
+    stored = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    write_file(path, save(stored, metadata=metadata))
+
+
+def read_exactly(path: Path, names: Collection[str]) -> dict[str, torch.Tensor]:
+    """A safetensors file's tensors; ValueError unless they are those of these names."""
+    stored = read_tensors(path)
+    with naming(path):
+        if differing := sorted(stored.keys() ^ set(names)):
+            raise ValueError(f"expected the weights of this model, {differing[0]} differs")
+    return stored
+
+
 def write_folder(folder: Path, contents: Mapping[str, bytes], first: Collection[str]) -> None:
     """Write the files whole, under a temporary name each; a new folder appears at once.
 

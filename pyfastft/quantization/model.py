@@ -15,7 +15,13 @@ from pyfastft._report import Report, report
 from pyfastft._targets import plan, untied
 from pyfastft.config import PTQ4
 from pyfastft.conversion import adapters, expect_unconverted, replace
-from pyfastft.formats._files import naming, read_tensors, some, write_file
+from pyfastft.formats._files import (
+    file_of_originals,
+    naming,
+    read_exactly,
+    some,
+    write_tensors,
+)
 from pyfastft.formats.checkpoint import load_checkpoint
 from pyfastft.nn._adapters import layer_for
 from pyfastft.nn._int4_weight import Int4Weight
@@ -89,11 +95,7 @@ def quantize(
     expect_unconverted(model, "quantize")
     if is_quantized(model):
         raise ValueError("quantize: the model was quantized already, revert it first")
-    file = None
-    if keep_original is not None and keep_original != "cpu":
-        file = Path(keep_original)
-    if file is not None and file.exists():
-        raise FileExistsError(f"{file}: expected no such file to keep the weights in")
+    file = file_of_originals(keep_original)
     planned = plan(model, config, caller="quantize", why_not=_why_not)
     modules, skipped = untied(model, planned.modules)
     skipped = {**planned.skipped, **skipped}
@@ -113,7 +115,7 @@ def quantize(
     if keep_original is not None:
         record.originals = dict(modules)
         if file is not None:
-            _write_originals(file, modules)
+            write_tensors(file, {name: _weight_of(module) for name, module in modules.items()})
             record.file = file.resolve()
     install(model, {name: done[_weight_of(module)] for name, module in modules.items()})
     if keep_original is not None:
@@ -225,7 +227,7 @@ def restore(model: nn.Module) -> Report:
             "revert: the original weights were given up; quantize with keep_original='cpu' or a "
             "path to get them back, or dequantize() the model"
         )
-    stored = {} if record.file is None else _read_originals(record)
+    stored = {} if record.file is None else read_exactly(record.file, record.originals)
     named = dict(inner.named_modules())
     layers: dict[nn.Module, nn.Module] = {}
     for name, module in record.originals.items():
@@ -343,21 +345,3 @@ def as_matrix(module: nn.Module) -> torch.Tensor:
     """The weight (N, K) of a linear layer, Conv1D or convolution, a view of it."""
     weight = _weight_of(module).detach()
     return weight.T if is_conv1d(module) else weight.flatten(1)
-
-
-def _write_originals(path: Path, modules: Mapping[str, nn.Module]) -> None:
-    from safetensors.torch import save
-
-    originals = {name: _weight_of(module).detach() for name, module in modules.items()}
-    tensors = {name: w.to("cpu", copy=True).contiguous() for name, w in originals.items()}
-    write_file(path, save(tensors))
-
-
-def _read_originals(record: Quantization) -> dict[str, torch.Tensor]:
-    assert record.file is not None
-    assert record.originals is not None
-    stored = read_tensors(record.file)
-    with naming(record.file):
-        if differing := sorted(stored.keys() ^ record.originals.keys()):
-            raise ValueError(f"expected the weights of this model, {differing[0]} differs")
-    return stored

@@ -1,0 +1,1 @@
+"""Pruned models: made smaller by what pruning left without use."""

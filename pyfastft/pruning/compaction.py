@@ -1,0 +1,261 @@
+"""A pruned model made smaller in place, and back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from pyfastft._check import expect_dtype, expect_shape
+from pyfastft._report import Report, report
+from pyfastft.conversion import expect_unconverted
+from pyfastft.formats._files import file_of_originals, naming, read_exactly, write_tensors
+from pyfastft.pruning.structures import Width, count_heads, widths_of
+
+__all__ = ["compact", "is_compacted", "restore"]
+
+_RECORD = "_pyfastft_compaction"
+
+
+@dataclass
+class Compaction:
+    """What a compacted model remembers.
+
+    Attributes:
+        originals: the changed layers' Parameters by module and name, their data on the CPU or
+            empty; None where not kept.
+        file: what holds their data, if a file does.
+    """
+
+    originals: dict[str, dict[str, nn.Parameter]] | None = None
+    file: Path | None = None
+
+
+def compact(
+    model: nn.Module, *, keep_original: Literal["cpu"] | str | os.PathLike[str] | None = None
+) -> Report:
+    r"""Take out of a model, in place, the attention heads and features that pruning has made zero.
+
+    With units u of a width, their rows :math:`W_u, b_u` in the layer that makes them, an activation
+    a and their columns :math:`V_u` in the layer that reads them, the reader computes
+
+    .. math:: y = c + \sum_u a(x W_u^T + b_u) V_u^T
+
+    A unit with :math:`V_u = 0` is taken out. One with :math:`W_u = 0` is the constant
+    :math:`a(b_u)`: it is taken out, and :math:`a(b_u) V_u^T` is added to c, in float64 and rounded
+    once. For a head, W and b are those of its values, and a is the identity, because the weights
+    of attention sum to 1; zero queries or keys alone are uniform attention, which stays. What
+    becomes constant or unread by that is taken out in turn.
+
+    Known are the heads and the feed-forward features of transformers' BERT, RoBERTa, XLM-RoBERTa,
+    CamemBERT and ELECTRA, and the features between two linear layers of an ``nn.Sequential`` with
+    elementwise activations and dropout between them. Everything else stays as it is. The linear
+    layers stay the same modules, with new, smaller Parameters, each layer of its own width; an
+    optimizer is to be made after this.
+
+    Args:
+        model: any module; one that was compacted already changes only where more became zero.
+        keep_original: what :func:`pyfastft.revert` needs: ``"cpu"`` keeps the changed layers'
+            weights in the CPU's memory, anything else is a path to a safetensors file to write
+            them to, which must not be there yet. By default they are given up.
+
+    Returns:
+        The linear layers that are smaller, or whose bias took something in, and why the others are
+        as they were.
+
+    Raises:
+        ValueError: the model has adapters, trains in part, or keeps the originals of an earlier
+            compaction.
+        FileExistsError: ``keep_original`` is there already.
+
+    Note:
+        Outputs are those of the pruned model in evaluation. In training, dropout draws others; and
+        where it stood on a constant, the constant came and went, but now is always there. A query
+        that may attend to nothing has attention weights that do not sum to 1 on some backends; it
+        then gets a constant head's share all the same. The file of a compacted model is
+        :func:`pyfastft.save_pruned`'s: its config still has the old widths.
+
+    Reference:
+        Lagunas et al. 2021, "Block Pruning For Faster Transformers", section 5.
+    """
+    expect_unconverted(model, "compact")
+    file = file_of_originals(keep_original)
+    widths, whys = widths_of(model)
+    named = dict(model.named_modules())
+    new, left = _shrunk(named, widths)
+    changed = [name for name in named if name in new]
+    if changed:
+        modules = {name: named[name] for name in changed}
+        record = _record(model, keep_original, file, modules)
+        for name, tensors in new.items():
+            _install(named[name], tensors)
+        for width in widths.values():
+            if width.attention is not None:
+                count_heads(width.attention)
+        _let_go(record)
+        setattr(model, _RECORD, record)
+    known = {name for width in widths.values() for name in width.layers}
+    skipped = {
+        name: whys.get(name) or left.get(name) or _default(name in known)
+        for name, module in named.items()
+        if isinstance(module, nn.Linear) and name not in new
+    }
+    return report("compact", model, changed, skipped)
+
+
+def is_compacted(model: nn.Module) -> bool:
+    """Whether :func:`compact` changed the model, or one inside it."""
+    return any(_RECORD in module.__dict__ for module in model.modules())
+
+
+def restore(model: nn.Module) -> Report:
+    """See :func:`pyfastft.revert`."""
+    inner = next(module for module in model.modules() if _RECORD in module.__dict__)
+    record: Compaction = inner.__dict__[_RECORD]
+    if record.originals is None:
+        raise ValueError(
+            "revert: what compact() took out was given up; compact with keep_original='cpu' or a "
+            "path to get it back"
+        )
+    stored = _stored(record)
+    named = dict(inner.named_modules())
+    for name, parameters in record.originals.items():
+        module = named[name]
+        for own, parameter in parameters.items():
+            now = module._parameters[own]
+            assert now is not None
+            parameter.data = stored[f"{name}.{own}"].to(now.device)
+            module._parameters[own] = parameter
+        _fit(module)
+    for width in widths_of(inner)[0].values():
+        if width.attention is not None:
+            count_heads(width.attention)
+    delattr(inner, _RECORD)
+    return report("revert", inner, record.originals)
+
+
+def _default(known: bool) -> str:
+    return "no unit of it is constant or unread" if known else "its widths are seen elsewhere"
+
+
+def _shrunk(
+    named: Mapping[str, nn.Module], widths: Mapping[str, Width]
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]:
+    """The new tensors of every layer that changes, by its name, and what kept units in others."""
+    now: dict[str, dict[str, torch.Tensor]] = {}
+    left: dict[str, str] = {}
+
+    def of(name: str) -> dict[str, torch.Tensor]:
+        return now.get(name) or {n: p.detach() for n, p in named[name].named_parameters()}
+
+    # What one width loses can make units of the next constant, and of the one before unread.
+    shrinking = True
+    while shrinking:
+        shrinking = False
+        for name, width in widths.items():
+            maker, reader = of(width.makers[-1]), of(name)
+            if maker["weight"].is_meta:
+                left[name] = "its weight is on the meta device"
+                continue
+            constant = _constants(maker, width)
+            silent = _by_unit(~maker["weight"].any(1) & constant.isfinite(), width)
+            unread = _by_unit(~reader["weight"].any(0), width)
+            taken_in = silent & ~unread
+            if "bias" not in reader:
+                held = taken_in & ~_by_unit(constant == 0, width)
+                silent = silent & ~held
+                if bool(held.any()):
+                    left[name] = f"it has no bias to take {int(held.sum())} constants into"
+            kept = ~(silent | unread)
+            if bool(kept.all()):
+                continue
+            shrinking = True
+            rows = kept.repeat_interleave(width.unit).nonzero()[:, 0]
+            if "bias" in reader:
+                folded = taken_in.repeat_interleave(width.unit)
+                share = reader["weight"][:, folded].double() @ constant[folded].double()
+                bias = reader["bias"]
+                reader["bias"] = (bias.double() + share).to(bias.dtype)
+            reader["weight"] = reader["weight"][:, rows]
+            now[name] = reader
+            for one in width.makers:
+                now[one] = {own: tensor[rows] for own, tensor in of(one).items()}
+    return now, left
+
+
+def _constants(maker: Mapping[str, torch.Tensor], width: Width) -> torch.Tensor:
+    """What the reader gets of each row of the maker where that is zero, computed as the model
+    does."""
+    constant = maker.get("bias", maker["weight"].new_zeros(len(maker["weight"])))
+    with torch.no_grad():
+        for module in width.between:
+            constant = module.forward(constant)  # the hooks are not meant
+    return constant
+
+
+def _by_unit(lines: torch.Tensor, width: Width) -> torch.Tensor:
+    """Of each unit whether all of its lines are so."""
+    return lines.view(-1, width.unit).all(1)
+
+
+def _install(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give a layer Parameters over these tensors."""
+    for own, tensor in tensors.items():
+        before = module._parameters[own]
+        assert before is not None
+        module._parameters[own] = nn.Parameter(tensor, requires_grad=before.requires_grad)
+    _fit(module)
+
+
+def _fit(module: nn.Module) -> None:
+    module.out_features, module.in_features = module.weight.shape  # type: ignore[misc, assignment]
+
+
+def _record(
+    model: nn.Module,
+    keep_original: str | os.PathLike[str] | None,
+    file: Path | None,
+    modules: Mapping[str, nn.Module],
+) -> Compaction:
+    """What the model is to remember; in the file, if there is one, what these modules hold."""
+    for module in model.modules():
+        before = module.__dict__.get(_RECORD)
+        if before is not None and before.originals is not None:
+            raise ValueError("compact: the model keeps its original weights already, revert it")
+    if keep_original is None:
+        return Compaction()
+    originals = {name: dict(module.named_parameters()) for name, module in modules.items()}
+    if file is not None:
+        write_tensors(file, {name: p.detach() for name, p in _flat(originals).items()})
+    return Compaction(originals, None if file is None else file.resolve())
+
+
+def _let_go(record: Compaction) -> None:
+    """Leave the originals what is to be kept of them."""
+    for parameter in _flat(record.originals or {}).values():
+        empty = record.file is not None
+        data = parameter.data
+        # One element, in the shape of all, which a file is compared with later.
+        parameter.data = data.new_empty(()).expand(data.shape) if empty else data.cpu()
+
+
+def _flat(originals: Mapping[str, Mapping[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
+    return {f"{name}.{own}": p for name, layer in originals.items() for own, p in layer.items()}
+
+
+def _stored(record: Compaction) -> dict[str, torch.Tensor]:
+    """The data of the originals by name."""
+    originals = _flat(record.originals or {})
+    if record.file is None:
+        return {name: parameter.data for name, parameter in originals.items()}
+    stored = read_exactly(record.file, originals)
+    with naming(record.file):
+        for name, parameter in originals.items():
+            expect_shape("revert", name, stored[name], parameter.shape, "as it was")
+            expect_dtype("revert", name, stored[name], (parameter.dtype,), "as it was")
+    return stored
