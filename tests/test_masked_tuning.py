@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -281,6 +282,24 @@ def test_a_copy_trains_by_itself() -> None:
     for name, value in twin.state_dict().items():
         assert_exact(value, state[name], name)
     assert type(twin.head) is nn.Linear
+
+
+def test_a_pickle_trains_on() -> None:
+    """As processes that are spawned get a model."""
+    model = Model().eval()
+    convert(model)
+    train(model)
+    twin = pickle.loads(pickle.dumps(model))
+    for one in (model, twin):
+        train(one)
+    for name, value in model.state_dict().items():
+        assert_exact(value, twin.state_dict()[name], name)
+    for name, one in sparsity.sets_of(twin).items():
+        assert one.weight is twin.get_parameter(name)
+    ft.revert(twin, weights="original")
+    ft.revert(model, weights="original")
+    for name, value in model.state_dict().items():
+        assert_exact(value, twin.state_dict()[name], name)
 
 
 @pytest.mark.parametrize("assign", [False, True])

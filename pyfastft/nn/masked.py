@@ -101,6 +101,10 @@ class MaskedLinear(StandIn):
             self.trained.follow(self.weight)
             self.trained.read()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.trained._own(self.values)
+
     def extra_repr(self) -> str:
         """The base's own description, and the set's."""
         return f"{self.base.extra_repr()}, trained={self.trained!r}"

@@ -106,6 +106,15 @@ class SparseSet:
         other._own(other.values)
         return other
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The parameter holds the set: without it there is no circle. A proxy cannot be pickled.
+        return {**vars(self), "values": self.values.detach(), "recipe": dict(self.recipe)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.recipe = MappingProxyType(state["recipe"])
+        self._own(torch.nn.Parameter(state["values"]))
+
     def __repr__(self) -> str:
         n, k = self.shape
         size = "" if self.rows == self.columns == 1 else f" of {self.rows} x {self.columns}"

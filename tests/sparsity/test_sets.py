@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -152,6 +153,16 @@ def test_a_copy_of_a_set_is_its_own() -> None:
     assert other.values.sparse_set is other
     other.weight.zero_()
     assert bool(one.weight.any())
+
+
+def test_a_pickled_set_is_itself_again() -> None:
+    one = sparsity.hashed(torch.randn(6, 6), 4, seed=1)
+    other = pickle.loads(pickle.dumps(one))
+    assert other.values.sparse_set is other
+    assert dict(other.recipe) == {"seed": 1, "count": 4}
+    assert other.values.requires_grad
+    assert_exact(other.values.detach(), one.values.detach())
+    assert_exact(other.mask(), one.mask())
 
 
 def trained(sets: list[sparsity.SparseSet], steps: int = 3) -> optim.MaskedAdamW:
