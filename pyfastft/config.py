@@ -239,7 +239,8 @@ class MaskedTuning(Targeted):
         S_{SaRA} = \{i : |w_i| < t\} \; \text{or the} \; dP \; \text{smallest} \; |w_i|
 
     over the batches b of the calibration. On linear layers. SaRA's progressive choice and its loss
-    are :class:`pyfastft.sparsity.SaRA`.
+    are :class:`pyfastft.sparsity.SaRA`. A head that starts untrained has the largest gradients:
+    exclude it, and let it train whole.
 
     Args:
         method: ``"saft"`` or ``"sara"``.
