@@ -8,23 +8,9 @@
 // whether an operand was packed before: blocks of Depth::block items, each from zero, scaled and
 // masked in float32, added up in sequence. Blocks from zero also keep the rounding error at that of
 // a short sum.
-#include "cpu/few_rows.inl.hpp"
+#include "cpu/tile.inl.hpp"
 
 namespace {
-
-// Depth in groups, whose sums are scaled in float32, by column, before they are added up. With
-// zeros a group's sum is lessened first by the column's zero times the sum of the group's row of
-// items.
-struct Groups {
-  int64_t items;  // in a group; the last may be short
-  // The scales, and where there are any the zeros, of so many lines of the columns from `line` on
-  // and groups [first, last), as [group][strip][lane] of two strips.
-  void (*read)(const void* source, int64_t line, int lines, int64_t first, int64_t last,
-               float* scales, float* zeros);
-  const void* source;
-  const float* row_sums;  // [row][group], or null: there are no zeros
-  int64_t row_stride;     // of row_sums
-};
 
 struct Product {
   Operand rows, columns;
@@ -48,10 +34,6 @@ struct Result {
   bool accumulate;   // added in float32 to what C holds, and rounded once
 };
 
-// The register tile: kTileRows x 2 accumulators, 2 columns and 1 broadcast fill the register file
-// (32 registers of AVX-512, 16 elsewhere) and hide the latency of the multiply-add.
-constexpr int kTileRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;
-constexpr int kTileColumns = 2 * kLanes;
 // Strips of neighbouring lines that are packed together where nobody else needs them.
 constexpr int64_t kStripsAcross = 8;
 constexpr int kBlockRows = kTileRows * (224 / kTileRows);
@@ -81,132 +63,6 @@ inline Product scaled(Product q, float scale, const uint8_t* mask = nullptr,
   q.mask = mask;
   q.mask_row_stride = mask_row_stride;
   return q;
-}
-
-// ---- register tiles ------------------------------------------------------------------------
-
-// The part of Groups that a register tile lands on.
-struct GroupedLanding {
-  int64_t first_items, items;   // in the tile's first group, and in those after it
-  const float *scales, *zeros;  // [group][strip][lane]
-  const float* row_sums;        // of the tile's first row and group
-  int64_t row_stride;
-};
-
-// What becomes of the sums of a register tile.
-struct Landing {
-  float* tile;
-  int64_t pitch;    // floats between its rows
-  bool accumulate;  // added to what stands there
-  float scale;
-  const uint8_t* mask;               // or null
-  int64_t element, mask_row_stride;  // the mask's index of the tile's first element
-  int64_t first_row, end_row;        // of the tile, that the sums are wanted of
-  GroupedLanding groups;
-
-  // Strip j of row i.
-  FT_INLINE void add_up(int i, int j, Vec total) const {
-    total = mul(total, splat(scale));
-    if (mask) total = select(total, keep_bits(mask, element + i * mask_row_stride + j * kLanes));
-    float* at = tile + i * pitch + j * kLanes;
-    store(at, accumulate ? add(load(at), total) : total);
-  }
-
-  // The same for the sum of a group, counted from the first of the tile's.
-  FT_INLINE void add_up(int i, int j, int64_t group, Vec total) const {
-    const int64_t strip = (2 * group + j) * kLanes;
-    if (groups.row_sums)
-      total = sub_product(total, load(groups.zeros + strip),
-                          splat(groups.row_sums[i * groups.row_stride + group]));
-    total = mul(total, splat(scale));
-    float* at = tile + i * pitch + j * kLanes;
-    const Vec by = load(groups.scales + strip);
-    store(at, accumulate || group ? fma(total, by, load(at)) : mul(total, by));
-  }
-};
-
-// tile (+)= rows^T columns over `items` items; column strips are column_strip floats apart.
-template <int kRows, int kStrips, bool kPairs, bool kGrouped>
-void register_tile(const float* rows, const float* columns, int64_t column_strip, int64_t items,
-                   Ahead ahead, const Landing& to) {
-  int64_t p = 0, group = 0, end = kGrouped ? lesser(items, to.groups.first_items) : items;
-  do {
-    Vec sum[kRows][kStrips];
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
-      for (int j = 0; j < kStrips; ++j) sum[i][j] = zero();
-    for (; p < end; ++p) {
-      Vec column[kStrips];
-#pragma GCC unroll 2
-      for (int j = 0; j < kStrips; ++j) {
-        if (!kGrouped) __builtin_prefetch(ahead.at + j * ahead.strip, 0, 2);
-        column[j] = load(columns + j * column_strip + p * kLanes);
-      }
-      if (!kGrouped) ahead.at += (p + 1) % kLanes ? ahead.step : ahead.step + ahead.jump;
-#pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i) {
-        const Vec row = splat(rows[p * kLanes + i]);
-#pragma GCC unroll 2
-        for (int j = 0; j < kStrips; ++j)
-          sum[i][j] = multiply_add<kPairs>(row, column[j], sum[i][j]);
-      }
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      if (i < to.first_row || i >= to.end_row) continue;
-#pragma GCC unroll 2
-      for (int j = 0; j < kStrips; ++j)
-        kGrouped ? to.add_up(i, j, group, sum[i][j]) : to.add_up(i, j, sum[i][j]);
-    }
-    if (kGrouped) end = lesser(items, end + to.groups.items);
-    ++group;
-  } while (kGrouped && p < items);
-}
-
-using RegisterTile = void (*)(const float*, const float*, int64_t, int64_t, Ahead, const Landing&);
-
-// Strips of fewer rows run the next even height; the packed zeros below cost less than more code.
-template <int kStrips, bool kPairs, bool kGrouped>
-RegisterTile tile_of_height(int rows) {
-  switch ((rows + 1) / 2) {
-    case 1:
-      return register_tile<2, kStrips, kPairs, kGrouped>;
-    case 2:
-      return register_tile<4, kStrips, kPairs, kGrouped>;
-#if FT_LANES >= 8
-    case 3:
-      return register_tile<6, kStrips, kPairs, kGrouped>;
-#endif
-#if FT_LANES >= 16
-    case 4:
-      return register_tile<8, kStrips, kPairs, kGrouped>;
-    case 5:
-      return register_tile<10, kStrips, kPairs, kGrouped>;
-    case 6:
-      return register_tile<12, kStrips, kPairs, kGrouped>;
-#endif
-    default:
-      return register_tile<kTileRows, kStrips, kPairs, kGrouped>;
-  }
-}
-
-template <bool kPairs, bool kGrouped>
-RegisterTile tile_of(int rows, int strips) {
-  return strips == 1 ? tile_of_height<1, kPairs, kGrouped>(rows)
-                     : tile_of_height<2, kPairs, kGrouped>(rows);
-}
-
-// Only pairs come in groups: scales of float32 columns are multiplied in where they are packed.
-inline RegisterTile choose_tile(int rows, int strips, bool pairs, bool grouped) {
-#if FT_BF16_DOT
-  if (grouped) return tile_of<true, true>(rows, strips);
-  if (pairs) return tile_of<true, false>(rows, strips);
-#else
-  (void)pairs;
-  (void)grouped;
-#endif
-  return tile_of<false, false>(rows, strips);
 }
 
 // ---- results -------------------------------------------------------------------------------
@@ -256,9 +112,10 @@ inline Result result(void* data, int32_t dtype, int64_t row_stride, int64_t colu
 // ---- the loops -----------------------------------------------------------------------------
 
 // The height of all strips of so many rows: equal, and even, since a tile of odd height would write
-// a row of the next strip.
+// a row of the next strip. One tall strip rather than two.
 inline int row_height(int64_t rows) {
-  const int height = int(ceil_div(rows, greater(1, ceil_div(rows, kTileRows))));
+  const int64_t most = rows <= kTallRows ? kTallRows : kTileRows;
+  const int height = int(ceil_div(rows, greater(1, ceil_div(rows, most))));
   return height <= 1 ? 1 : height + height % 2;
 }
 
@@ -305,20 +162,21 @@ inline Landing landing(const Gemm& g, const Product& q, int64_t s, int64_t strip
 // What a worker of gemm needs: a block of C, columns it packs itself, rows that it reorders, and
 // the scales and zeros of two strips of columns.
 struct Workspace {
-  float *tile, *columns, *rows, *scales, *zeros;
+  float *tile, *columns, *rows, *scales, *zeros, *state;
 
   static constexpr int64_t kTile = int64_t(kBlockRows) * kBlockColumns;
   static constexpr int64_t kColumns = kStripsAcross * kLanes * kDepthItems;
   static constexpr int64_t kRows = kFewRows * kMostRowItems;
   static constexpr int64_t kScales = 2 * kLanes * (kDepthItems / kLeastGroupItems + 2);
-  static constexpr int64_t kFloats = kTile + kColumns + kRows + 2 * kScales;
+  static constexpr int64_t kFloats = kTile + kColumns + kRows + 2 * kScales + kTileState;
 
   explicit Workspace(float* at)
       : tile(at),
         columns(tile + kTile),
         rows(columns + kColumns),
         scales(rows + kRows),
-        zeros(scales + kScales) {}
+        zeros(scales + kScales),
+        state(zeros + kScales) {}
 };
 
 // The groups of a block of depth from item p on, for two strips of columns from `line` on.
@@ -342,32 +200,38 @@ inline void add_product(const Gemm& g, const Product& product, const Panel& row_
   const int64_t items = product.depth.items(), pitch = (j1 - j0) * kLanes;
   // Columns used once are packed a little at a time: two strips, or some that share their memory.
   const int64_t group = panel.data ? j1 - j0 : a.short_runs ? kStripsAcross : 2;
+  const bool as_multiplied = product.groups && product.groups->choose;
+  const bool kept = i1 - i0 > 1;
+  const int64_t across = g.rows.height > kTileRows || (as_multiplied && !kept) ? 1 : 2;
+  const int per_item = product.depth.pairs ? 2 : 1;
+  const auto lines_of = [&](int64_t strip) {
+    return int(lesser(lesser(across, j1 - strip) * kLanes, g.columns.end - g.columns.line(strip)));
+  };
   for (int64_t p = 0; p < items; p += product.depth.block) {
     const int64_t block = lesser(product.depth.block, items - p), next = p + block;
-    for (int64_t strip = j0; strip < j1; strip += 2) {
+    for (int64_t strip = j0; strip < j1; strip += across) {
       const int64_t within = (strip - j0) % group;
-      if (!panel.data && within == 0)
+      if (!panel.data && !as_multiplied && within == 0)
         pack_strips(a, product.depth, g.columns, strip, lesser(strip + group, j1), p, next,
                     work.columns);
       const float* columns =
           panel.data ? panel.at(p, strip, block) : work.columns + within * block * kLanes;
       // What comes next is fetched from memory meanwhile.
       Ahead ahead = ahead_of(columns, 0);
-      if (panel.data && strip + 2 < j1)
-        ahead = ahead_of(panel.at(p, strip + 2, block), block);
+      if (panel.data && strip + across < j1)
+        ahead = ahead_of(panel.at(p, strip + across, block), block);
       else if (panel.data && next < items)
         ahead = ahead_of(panel.at(next, j0, lesser(block, items - next)), block);
       else if (strip + group < j1)
         ahead = ahead_of(a, product.depth, g.columns.line(strip + group), p);
       else if (next < items)
         ahead = ahead_of(a, product.depth, g.columns.line(j0 + within), next);
-      const int strips = int(lesser(2, j1 - strip));
+      const int strips = int(lesser(across, j1 - strip));
+      const int64_t line = g.columns.line(strip);
+      const int lines = lines_of(strip);
       GroupedLanding groups{};
-      if (product.groups) {
-        const int64_t line = g.columns.line(strip);
-        groups = read_groups(*product.groups, line, int(lesser(2 * kLanes, g.columns.end - line)),
-                             p, block, work);
-      }
+      if (product.groups) groups = read_groups(*product.groups, line, lines, p, block, work);
+      bool packed = !as_multiplied;
       for (int64_t s = i0; s < i1; ++s) {
         const int64_t row = g.rows.line(s) - g.rows.line(i0);
         if (g.rows.line(s) >= product.end_row ||
@@ -379,8 +243,21 @@ inline void add_product(const Gemm& g, const Product& product, const Panel& row_
           to.groups = groups;
           if (groups.row_sums) to.groups.row_sums += g.rows.line(s) * groups.row_stride;
         }
+        const float* const rows = row_panel.at(p, s, block);
+        if (!packed) {
+          const int64_t after = strip + across < j1 ? strip + across : j0;
+          const int64_t after_item = after > strip ? p : next;
+          product.groups->choose(g.rows.lines(s), strips, kept)(
+              {&a, line, lines, p * per_item, lesser(next * per_item, product.depth.values), rows,
+               work.columns, block * kLanes, g.columns.line(after),
+               after_item < items ? lines_of(after) : 0, after_item * per_item,
+               p == 0 && strip == j0, work.state},
+              to);
+          packed = true;
+          continue;
+        }
         choose_tile(g.rows.lines(s), strips, product.depth.pairs, product.groups != nullptr)(
-            row_panel.at(p, s, block), columns, block * kLanes, block, ahead, to);
+            rows, columns, block * kLanes, block, ahead, to);
       }
     }
   }

@@ -50,6 +50,15 @@ FT_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
   return fma(a, b, c);
 }
 
+// The same with one item for all lanes.
+template <bool kPairs>
+FT_INLINE Vec multiply_add(const float* a, Vec b, Vec c) {
+#if FT_BF16_DOT
+  if constexpr (kPairs) return dot_pairs(a, b, c);
+#endif
+  return fma(a, b, c);
+}
+
 // n values from p that are neighbours in depth, as items; bits selects.
 template <bool kPairs, class T>
 FT_INLINE Vec load_items(const T* p, int n) {

@@ -39,6 +39,12 @@ FT_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 FT_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 FT_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 FT_INLINE Vec sub_product(Vec c, Vec a, Vec b) { return _mm512_fnmadd_ps(a, b, c); }
+// With one value for all lanes. As an operand in memory it is spread where it is loaded; by an
+// instruction of its own, which compilers prefer, it takes the pipes that shuffle.
+FT_INLINE Vec fma(const float* a, Vec b, Vec c) {
+  asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*a));
+  return c;
+}
 
 FT_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
 FT_INLINE Vec load(const float* p, int n) {
@@ -97,7 +103,7 @@ FT_INLINE void transpose(Vec* rows) {
     rows[i + 2] = _mm512_shuffle_ps(mixed[i + 1], mixed[i + 3], 0x44);
     rows[i + 3] = _mm512_shuffle_ps(mixed[i + 1], mixed[i + 3], 0xee);
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) {
     const Vec a = rows[i & ~4 & 15], b = rows[i | 4];
     mixed[i] = i & 4 ? _mm512_shuffle_f32x4(a, b, 0xdd) : _mm512_shuffle_f32x4(a, b, 0x88);
@@ -119,6 +125,7 @@ FT_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 FT_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 FT_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 FT_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+FT_INLINE Vec fma(const float* a, Vec b, Vec c) { return fma(splat(*a), b, c); }
 FT_INLINE Vec sub_product(Vec c, Vec a, Vec b) { return _mm256_fnmadd_ps(a, b, c); }
 
 FT_INLINE __m256i lane_bits() { return _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128); }
@@ -206,6 +213,7 @@ FT_INLINE Vec add(Vec a, Vec b) { return a + b; }
 FT_INLINE Vec mul(Vec a, Vec b) { return a * b; }
 FT_INLINE Vec sub(Vec a, Vec b) { return a - b; }
 FT_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+FT_INLINE Vec fma(const float* a, Vec b, Vec c) { return fma(splat(*a), b, c); }
 FT_INLINE Vec sub_product(Vec c, Vec a, Vec b) { return c - a * b; }
 
 FT_INLINE Vec load(const float* p) {
@@ -259,6 +267,11 @@ FT_INLINE Vec zip_pairs(Vec first, Vec second) {
 }
 FT_INLINE Vec dot_pairs(Vec a, Vec b, Vec c) {
   return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+// The same with one pair for all lanes; see fma.
+FT_INLINE Vec dot_pairs(const float* a, Vec b, Vec c) {
+  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*a));
+  return c;
 }
 
 #endif

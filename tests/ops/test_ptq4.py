@@ -74,7 +74,20 @@ def test_rows_of_the_identity_recover_the_weight(zero: str, group: int, dtype: t
             assert_exact(y, weight[:, first : first + rows].T.contiguous())
 
 
-@pytest.mark.parametrize("m", [1, 4, 40, 300])
+@pytest.mark.parametrize("m", [6, 16, 31])
+@pytest.mark.parametrize("group", [16, 128, 256, 1100])
+@pytest.mark.parametrize("zero", ["", "uint8"])
+def test_codes_unpacked_among_products(m: int, group: int, zero: str) -> None:
+    """One strip of rows, low and tall, and several; a short strip of columns, blocks of depth."""
+    codes, scale, z = drawn(50, 1100, group, zero=zero)
+    x = torch.randn(m, 1100).bfloat16()
+    weight = ft.functional.int4_dequantize(codes, scale, zero=z, group_size=group)
+    y = ft.functional.int4_linear(x, codes, scale, zero=z, group_size=group)
+    truth = x.double() @ weight.double().T
+    assert_accurate(y, truth, torch.nn.functional.linear(x, weight.bfloat16()))
+
+
+@pytest.mark.parametrize("m", [1, 4, 16, 40, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_on_any_number_of_threads(m: int, dtype: torch.dtype) -> None:
     codes, scale, zero = drawn(700, 513, 64, zero="float")

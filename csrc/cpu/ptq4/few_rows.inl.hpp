@@ -2,8 +2,6 @@
 // memory. Lanes are parts of a row's sum, eight codes of every block of kLanes * 8, so codes need
 // no transposing; a block's sums are scaled by lane, added up, and the lanes summed once at the
 // end.
-#include "cpu/ptq4/operands.inl.hpp"
-
 namespace {
 
 // Blocks of codes whose scales are made ready at once.

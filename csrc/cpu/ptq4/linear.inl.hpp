@@ -2,6 +2,9 @@
 // instruction set. Symbols as in pyfastft/ops/ptq4.md.
 #include "cpu/lora/linear.inl.hpp"
 // After the core:
+#include "cpu/ptq4/operands.inl.hpp"
+// After the operands:
+#include "cpu/ptq4/code_tile.inl.hpp"
 #include "cpu/ptq4/few_rows.inl.hpp"
 
 namespace {
@@ -190,7 +193,7 @@ struct ForwardProduct {
   Groups groups;
   Product sum;
 
-  explicit ForwardProduct(const Int4Call& f) : columns{in_whole_blocks(f.w), nullptr, 0} {
+  explicit ForwardProduct(const Int4Call& f) : columns{in_whole_blocks(f.w), nullptr, 0, 1} {
     const Int4Weight& w = columns.w;
     const bool whole_lanes = w.group % kLaneCodes == 0;
     const bool pairs = FT_BF16_DOT && f.dtype == FT_BFLOAT16 && whole_lanes;
@@ -200,7 +203,11 @@ struct ForwardProduct {
     codes.pack = pack_weights;
     if (few_rows) codes.multiply = choose_codes_in_place(w, pairs);
 #if FT_BF16_DOT
-    if (pairs) codes.pack = pack_pairs;
+    if (pairs) {
+      codes.pack = pack_pairs;
+      columns.pairs = pair_table(w);
+      if (!few_rows && w.group % kBlockCodes == 0) columns.parts = w.group / kBlockCodes;
+    }
 #endif
     if (!pairs && !few_rows) {
       sum = product(gathered(f), f.dtype, codes, FT_FLOAT32, w.k, kWeightItems);
@@ -214,9 +221,11 @@ struct ForwardProduct {
     sum = product(x, dtype, codes, dtype, values,
                   few_rows ? greater(1, lesser(items, kMostRowItems)) : kDepthItems);
 #if FT_BF16_DOT
-    if (pairs) sum.scale = 1.0f / kPairFactors[w.codebook];
+    if (pairs && few_rows) sum.scale = 1.0f / kPairFactors[w.codebook];
     if (pairs && !few_rows) {
-      groups = {w.group / 2, read_groups_of, &columns.w, row_sums, w.groups};
+      const bool within_blocks = kBlockCodes % part() == 0;
+      groups = {part() / 2, read_groups_of, &columns,
+                row_sums,   parts_of_row(), within_blocks ? choose_code_tile : nullptr};
       sum.groups = &groups;
     }
 #endif
@@ -226,10 +235,13 @@ struct ForwardProduct {
  private:
   float* row_sums = nullptr;
 
+  int64_t part() const { return columns.w.group / columns.parts; }
+  int64_t parts_of_row() const { return ceil_div(columns.w.k, part()); }
+
   Operand ordered(const Int4Call& f, int64_t lanes, bool few_rows, bool pairs) {
     const bool zeros = columns.w.zero_kind != FT_ZERO_NONE;
     const int64_t values = lanes * kLaneCodes, rows = few_rows ? kFewRows : f.m;
-    const int64_t sums_of_row = few_rows ? lanes : columns.w.groups;
+    const int64_t sums_of_row = few_rows ? lanes : parts_of_row();
     if (zeros) {
       const int64_t floats = rows * sums_of_row;
       row_sums =
@@ -251,8 +263,8 @@ struct ForwardProduct {
                         order,
                         few_rows ? row_sums : nullptr,
                         few_rows ? nullptr : row_sums,
-                        columns.w.group,
-                        columns.w.groups};
+                        part(),
+                        parts_of_row()};
     const int64_t row_bytes = values * (pairs ? 2 : 4);
     char* const to = static_cast<char*>(scratch(Scratch::kOrdered, rows * row_bytes + 4));
     if (rows > f.m) memset(to + f.m * row_bytes, 0, size_t((rows - f.m) * row_bytes));
@@ -336,7 +348,7 @@ inline void int4_forward(const Int4Call& f) {
 inline void int4_backward(const Int4Call& f) {
   const ScratchScope scope;
   if (f.dx) {
-    const Int4Columns columns{f.w, nullptr, 0};
+    const Int4Columns columns{f.w, nullptr, 0, 1};
     const Product base = dx_product(f, columns);
     gemm(f.m, f.w.k, &base, 1, result(f.dx, f.dtype, f.w.k, 1), f.threads);
   }
@@ -352,7 +364,7 @@ inline void int4_lora_forward(const Int4Call& f, const LoraCall& adapter) {
 }
 
 inline void int4_lora_backward(const Int4Call& f, const LoraCall& adapter) {
-  const Int4Columns columns{f.w, nullptr, 0};
+  const Int4Columns columns{f.w, nullptr, 0, 1};
   const Product base = dx_product(f, columns);
   if (f.dscale || f.dzero) grid_gradients(f);
   lora_backward(adapter, &base);

@@ -11,12 +11,40 @@
 
 namespace {
 
+#if FT_BF16_DOT
+
+// What a pair's table is multiplied by and its scales divided by, so that bfloat16 holds it best:
+// int4's numbers and three times those of fp4 exactly; those of nf4 with a root mean square error
+// of 3.2e-4 of the largest, where rounding random multiples of them gives 8.6e-4.
+constexpr float kPairFactors[3] = {1.0f, 1.437006f, 3.0f};
+
+// Of 32 entries, so that the code next to the one looked up need not be masked.
+struct PairTable {
+  __m512i values;
+};
+
+inline PairTable pair_table(const Int4Weight& w) {
+  const float zero = w.zero_kind == FT_ZERO_NONE && w.codebook == FT_INT4 ? kImpliedZero : 0.0f;
+  uint16_t values[2 * kCodes];
+  for (int c = 0; c < 2 * kCodes; ++c)
+    values[c] = to_bf16(kCodebooks[w.codebook][c % kCodes] * kPairFactors[w.codebook] - zero).bits;
+  return {_mm512_loadu_si512(values)};
+}
+
+#endif
+
 // What Operand::data points to.
 struct Int4Columns {
   Int4Weight w;
   // Of few rows, and only with zeros: the sums of the eight values of x in each lane, [row][lane].
   const float* lane_sums;
   int64_t lane_sums_stride;
+  // What a group is cut into, with one scale and zero, so that no sum goes on from one vector of
+  // codes to the next: 1 where groups are shorter.
+  int64_t parts;
+#if FT_BF16_DOT
+  PairTable pairs{};
+#endif
 };
 
 inline const Int4Columns& int4_columns(const Operand& a) {
@@ -28,14 +56,18 @@ inline const Int4Columns& int4_columns(const Operand& a) {
 FT_INLINE void load_lanes(const Int4Weight& w, int64_t line, int lines, int64_t position,
                           Vec* lanes) {
   const uint8_t* row = w.codes + line * w.row_bytes + position / 2;
-  const int64_t bytes = w.row_bytes - position / 2;
-  const bool whole = bytes >= 4 * kLanes;
+  const int64_t bytes = w.row_bytes - position / 2, ahead = 2 * kLanes * w.row_bytes;
+  if (lines >= kLanes && bytes >= 4 * kLanes) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i, row += w.row_bytes) {
-    lanes[i] = zero();
-    if (i >= lines) continue;
-    __builtin_prefetch(row + 2 * kLanes * w.row_bytes, 0, 2);
-    lanes[i] = as_floats(whole ? load_codes(row) : load_codes(row, bytes));
+    for (int i = 0; i < kLanes; ++i, row += w.row_bytes) {
+      __builtin_prefetch(row + ahead, 0, 2);
+      lanes[i] = as_floats(load_codes(row));
+    }
+  } else {
+    for (int i = 0; i < kLanes; ++i, row += w.row_bytes)
+      lanes[i] = i >= lines            ? zero()
+                 : bytes >= 4 * kLanes ? as_floats(load_codes(row))
+                                       : as_floats(load_codes(row, bytes));
   }
   transpose(lanes);
 }
@@ -82,24 +114,6 @@ inline void pack_weights(const Operand& a, int64_t line, int lines, int64_t begi
 
 #if FT_BF16_DOT
 
-// What a pair's table is multiplied by and its scales divided by, so that bfloat16 holds it best:
-// int4's numbers and three times those of fp4 exactly; those of nf4 with a root mean square error
-// of 3.2e-4 of the largest, where rounding random multiples of them gives 8.6e-4.
-constexpr float kPairFactors[3] = {1.0f, 1.437006f, 3.0f};
-
-// Of 32 entries, so that the code next to the one looked up need not be masked.
-struct PairTable {
-  __m512i values;
-};
-
-inline PairTable pair_table(const Int4Weight& w) {
-  const float zero = w.zero_kind == FT_ZERO_NONE && w.codebook == FT_INT4 ? kImpliedZero : 0.0f;
-  uint16_t values[2 * kCodes];
-  for (int c = 0; c < 2 * kCodes; ++c)
-    values[c] = to_bf16(kCodebooks[w.codebook][c % kCodes] * kPairFactors[w.codebook] - zero).bits;
-  return {_mm512_loadu_si512(values)};
-}
-
 // Items 0..3 of a lane: those of the lowest code of each of its halves.
 FT_INLINE Vec look_up(const PairTable& table, Codes v) {
   return as_floats(_mm512_permutexvar_epi16(v, table.values));
@@ -108,7 +122,7 @@ FT_INLINE Vec look_up(const PairTable& table, Codes v) {
 inline void pack_pairs(const Operand& a, int64_t line, int lines, int64_t begin, int64_t end,
                        float* strip) {
   const Int4Weight& w = int4_columns(a).w;
-  const PairTable table = pair_table(w);
+  const PairTable table = int4_columns(a).pairs;
   for (int64_t p = begin; p < end; p += kBlockCodes) {
     Vec lanes[kLanes];
     load_lanes(w, line, lines, p, lanes);
@@ -122,31 +136,40 @@ inline void pack_pairs(const Operand& a, int64_t line, int lines, int64_t begin,
 }
 
 template <class T>
-void read_lines(const T* values, int64_t stride, int lines, int64_t groups, float* to) {
-  for (int i = 0; i < lines; ++i, values += stride)
-    for (int64_t g = 0; g < groups; ++g) to[g * 2 * kLanes + i] = to_float(values[g]);
-}
-inline void read_lines(const uint8_t* values, int64_t stride, int lines, int64_t groups,
-                       float* to) {
-  for (int i = 0; i < lines; ++i, values += stride)
-    for (int64_t g = 0; g < groups; ++g) to[g * 2 * kLanes + i] = float(values[g]);
+void read_lines(const T* values, int64_t stride, int lines, int64_t first, int64_t last,
+                int64_t parts, float* to) {
+  const int64_t group = first / parts;
+  for (int i = 0; i < lines; ++i, values += stride) {
+    const T* from = values + group;
+    int64_t left = (group + 1) * parts - first;
+    for (int64_t part = 0; part < last - first; ++part) {
+      to[part * 2 * kLanes + i] = to_float(*from);
+      if (--left) continue;
+      ++from;
+      left = parts;
+    }
+  }
 }
 
 // Groups::read.
 inline void read_groups_of(const void* source, int64_t line, int lines, int64_t first, int64_t last,
                            float* scales, float* zeros) {
-  const Int4Weight& w = *static_cast<const Int4Weight*>(source);
-  const int64_t at = line * w.groups + first, groups = last - first;
-  const auto read = [&](const void* values, float* to) {
-    if (w.scale_dtype == FT_FLOAT32)
-      read_lines(static_cast<const float*>(values) + at, w.groups, lines, groups, to);
-    else
-      read_lines(static_cast<const bf16*>(values) + at, w.groups, lines, groups, to);
+  const Int4Columns& columns = *static_cast<const Int4Columns*>(source);
+  const Int4Weight& w = columns.w;
+  const int64_t at = line * w.groups;
+  const auto read = [&](const auto* values, float* to) {
+    read_lines(values + at, w.groups, lines, first, last, columns.parts, to);
   };
-  read(w.scale, scales);
-  if (w.zero_kind == FT_ZERO_FLOAT) read(w.zero, zeros);
-  if (w.zero_kind == FT_ZERO_UINT8)
-    read_lines(static_cast<const uint8_t*>(w.zero) + at, w.groups, lines, groups, zeros);
+  const auto read_floats = [&](const void* values, float* to) {
+    w.scale_dtype == FT_FLOAT32 ? read(static_cast<const float*>(values), to)
+                                : read(static_cast<const bf16*>(values), to);
+  };
+  read_floats(w.scale, scales);
+  if (w.codebook != FT_INT4)
+    for (int64_t i = 0; i < 2 * kLanes * (last - first); ++i)
+      scales[i] *= 1.0f / kPairFactors[w.codebook];
+  if (w.zero_kind == FT_ZERO_FLOAT) read_floats(w.zero, zeros);
+  if (w.zero_kind == FT_ZERO_UINT8) read(static_cast<const uint8_t*>(w.zero), zeros);
 }
 
 // Lane i holds the bfloat16s of lane i of `first` and `second`.
