@@ -7,6 +7,7 @@ from pyfastft.conversion import Report, convert, merge, pack, revert, unmerge, u
 from pyfastft.formats.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, verify
 from pyfastft.formats.delta import load_delta, save_delta
 from pyfastft.formats.peft import hotswap_adapter, load_adapter, save_adapter
+from pyfastft.formats.pruned import load_pruned, save_pruned
 from pyfastft.functional import lora_linear
 from pyfastft.planning import ModelPlan, plan
 from pyfastft.pruning.compaction import compact
@@ -39,6 +40,7 @@ __all__ = [
     "load_adapter",
     "load_checkpoint",
     "load_delta",
+    "load_pruned",
     "load_quantized",
     "lora_linear",
     "merge",
@@ -52,6 +54,7 @@ __all__ = [
     "save_adapter",
     "save_checkpoint",
     "save_delta",
+    "save_pruned",
     "sparsity",
     "unmerge",
     "unpack",

@@ -7,8 +7,6 @@ tensors, then the manifest in JSON. ``ops/masked.md`` has the layout in full.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -20,7 +18,8 @@ import torch
 from torch import nn
 
 from pyfastft._check import FLOATS, expect_dtype, name_of
-from pyfastft.formats._files import naming, parse_json, read_tensors_and_metadata, write_file
+from pyfastft.formats._files import naming
+from pyfastft.formats._manifest import Kind, expect_fields
 from pyfastft.ops.masked._rectangles import (
     expect_rectangles,
     matrix_of_shape,
@@ -34,8 +33,7 @@ from pyfastft.sparsity.set import SparseSet
 
 __all__ = ["load_delta", "save_delta"]
 
-_KEY = "pyfastft.delta"
-_VERSION = 1
+_FILE = Kind("pyfastft.delta", "delta", version=1, fields={"kind": str, "parameters": dict})
 _DTYPES = {name_of(dtype): dtype for dtype in FLOATS}
 _DIGEST = re.compile("[0-9a-f]{64}")
 # What the manifest says of a parameter, and more by what makes its index.
@@ -84,8 +82,6 @@ def save_delta(
         True
         >>> _ = back.apply(base)  # bit for bit what it was
     """
-    from safetensors.torch import save
-
     delta = source if isinstance(source, Delta) else Delta.of(source)
     tensors: dict[str, torch.Tensor] = {}
     parameters = {}
@@ -96,11 +92,10 @@ def save_delta(
             parameters[name], stream = _entry(change)
         except (TypeError, ValueError) as error:
             raise type(error)(f"save_delta: {name}: {error}") from None
-        tensors[f"{name}::values"] = values.detach().to("cpu").contiguous()
+        tensors[f"{name}::values"] = values
         if stream is not None:
             tensors[f"{name}::index"] = stream
-    text = json.dumps({"version": _VERSION, "kind": delta.kind, "parameters": parameters})
-    write_file(Path(path), save(tensors, metadata={_KEY: f"{_sha256(text, tensors)}\n{text}"}))
+    _FILE.write(Path(path), {"kind": delta.kind, "parameters": parameters}, tensors)
 
 
 def load_delta(path: str | os.PathLike[str]) -> Delta:
@@ -118,17 +113,8 @@ def load_delta(path: str | os.PathLike[str]) -> Delta:
             message names file and parameter.
     """
     path = Path(path)
-    tensors, metadata = read_tensors_and_metadata(path)
+    manifest, tensors = _FILE.read(path)
     with naming(path):
-        if _KEY not in metadata:
-            raise ValueError(f"expected a delta, got a safetensors file without {_KEY}")
-        digest, _, text = metadata[_KEY].partition("\n")
-        if digest != _sha256(text, tensors):
-            raise ValueError("expected content of the sha256 that it states, got another")
-        manifest = parse_json(text)
-        if manifest.get("version") != _VERSION:
-            raise ValueError(f"expected version {_VERSION}, got {manifest.get('version')!r}")
-        _expect_fields(manifest, {"version": int, "kind": str, "parameters": dict})
         kind = manifest["kind"]
         if kind not in KINDS:
             raise ValueError(f"expected a kind of {' or '.join(KINDS)}, got {kind!r}")
@@ -143,12 +129,6 @@ def load_delta(path: str | os.PathLike[str]) -> Delta:
         if tensors:
             raise ValueError(f"expected tensors of its parameters only, got {min(tensors)}")
     return Delta(kind, changes)
-
-
-def _sha256(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Of the manifest's text, and of each tensor in the order of their names."""
-    parts = [f"{name} {sha256_of(tensor)}" for name, tensor in sorted(tensors.items())]
-    return hashlib.sha256("\n".join([text, *parts]).encode()).hexdigest()
 
 
 def _expect_values(kind: str, dtype: torch.dtype, values: torch.Tensor) -> None:
@@ -202,7 +182,7 @@ def _change(entry: Any, values: torch.Tensor | None, stream: torch.Tensor | None
     how = entry.get("index") if isinstance(entry, dict) else None
     if how not in _MORE:
         raise ValueError(f"expected an index of {', '.join(_MORE)}, got {how!r}")
-    _expect_fields(entry, _FIELDS | _MORE[how])
+    expect_fields(entry, _FIELDS | _MORE[how])
     shape = entry["shape"]
     if not shape or any(type(size) is not int or size < 0 for size in shape):
         raise ValueError(f"expected a shape of sizes, got {shape}")
@@ -220,7 +200,7 @@ def _change(entry: Any, values: torch.Tensor | None, stream: torch.Tensor | None
         raise ValueError(f"expected bytes of an index beside numbers only, got index {how}")
     recipe = entry.get("recipe", {})
     if how == "hashed":
-        _expect_fields(recipe, {"seed": int, "count": int})
+        expect_fields(recipe, {"seed": int, "count": int})
         if recipe["count"] != values.numel() or not -(2**63) <= recipe["seed"] < 2**63:
             raise ValueError(f"expected a seed and {values.numel()} entries, got {recipe}")
     rows, columns = entry["rows"], entry["columns"]
@@ -250,15 +230,6 @@ def _change(entry: Any, values: torch.Tensor | None, stream: torch.Tensor | None
         recipe=recipe,
         index_sha256=entry.get("index_sha256"),
     )
-
-
-def _expect_fields(values: Mapping[str, Any], fields: Mapping[str, type]) -> None:
-    """These keys and no others, each of its type."""
-    if differing := sorted(values.keys() ^ fields.keys()):
-        raise ValueError(f"expected the keys {', '.join(fields)}, {differing[0]} differs")
-    for key, kind in fields.items():
-        if type(values[key]) is not kind:
-            raise ValueError(f"expected {key} of type {kind.__name__}, got {values[key]!r}")
 
 
 def _grid(shape: Sequence[int], rows: int, columns: int) -> int:

@@ -92,13 +92,9 @@ def compact(
     if changed:
         modules = {name: named[name] for name in changed}
         record = _record(model, keep_original, file, modules)
-        for name, tensors in new.items():
-            _install(named[name], tensors)
-        for width in widths.values():
-            if width.attention is not None:
-                count_heads(width.attention)
+        install(model, new, widths)
         _let_go(record)
-        setattr(model, _RECORD, record)
+        remember(model, record)
     known = {name for width in widths.values() for name in width.layers}
     skipped = {
         name: whys.get(name) or left.get(name) or _default(name in known)
@@ -106,6 +102,36 @@ def compact(
         if isinstance(module, nn.Linear) and name not in new
     }
     return report("compact", model, changed, skipped)
+
+
+def install(
+    model: nn.Module,
+    new: Mapping[str, Mapping[str, torch.Tensor]],
+    widths: Mapping[str, Width],
+) -> None:
+    """Give layers Parameters over these tensors, by module and name; the model has the widths."""
+    for name, tensors in new.items():
+        module = model.get_submodule(name)
+        for own, tensor in tensors.items():
+            trains = module.get_parameter(own).requires_grad
+            module._parameters[own] = nn.Parameter(tensor, requires_grad=trains)
+        _fit(module)
+    for width in widths.values():
+        if width.attention is not None:
+            count_heads(width.attention)
+
+
+def remember(model: nn.Module, record: Compaction) -> None:
+    """Give a compacted model its record."""
+    setattr(model, _RECORD, record)
+
+
+def expect_nothing_kept(model: nn.Module, caller: str) -> None:
+    """ValueError where the model keeps the originals of a compaction."""
+    for module in model.modules():
+        record = module.__dict__.get(_RECORD)
+        if record is not None and record.originals is not None:
+            raise ValueError(f"{caller}: the model keeps its original weights, revert it first")
 
 
 def is_compacted(model: nn.Module) -> bool:
@@ -203,15 +229,6 @@ def _by_unit(lines: torch.Tensor, width: Width) -> torch.Tensor:
     return lines.view(-1, width.unit).all(1)
 
 
-def _install(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give a layer Parameters over these tensors."""
-    for own, tensor in tensors.items():
-        before = module._parameters[own]
-        assert before is not None
-        module._parameters[own] = nn.Parameter(tensor, requires_grad=before.requires_grad)
-    _fit(module)
-
-
 def _fit(module: nn.Module) -> None:
     module.out_features, module.in_features = module.weight.shape  # type: ignore[misc, assignment]
 
@@ -223,10 +240,7 @@ def _record(
     modules: Mapping[str, nn.Module],
 ) -> Compaction:
     """What the model is to remember; in the file, if there is one, what these modules hold."""
-    for module in model.modules():
-        before = module.__dict__.get(_RECORD)
-        if before is not None and before.originals is not None:
-            raise ValueError("compact: the model keeps its original weights already, revert it")
+    expect_nothing_kept(model, "compact")
     if keep_original is None:
         return Compaction()
     originals = {name: dict(module.named_parameters()) for name, module in modules.items()}

@@ -20,7 +20,16 @@ from safetensors.torch import load, save
 
 import pyfastft as ft
 from pyfastft import sparsity
-from pyfastft.formats import awq, bitsandbytes, checkpoint, compressed_tensors, delta, gguf, gptq
+from pyfastft.formats import (
+    _manifest,
+    awq,
+    bitsandbytes,
+    checkpoint,
+    compressed_tensors,
+    delta,
+    gguf,
+    gptq,
+)
 from pyfastft.quantization import QTensor4
 
 COUNT = 200
@@ -222,7 +231,7 @@ def opened(content: bytes) -> tuple[dict, dict[str, torch.Tensor]]:
 def forged(manifest: object, tensors: dict[str, torch.Tensor]) -> bytes:
     """A file that states the right sha256 of whatever it holds."""
     text = json.dumps(manifest)
-    stated = f"{delta._sha256(text, tensors)}\n{text}"
+    stated = f"{_manifest.sha256_of_content(text, tensors)}\n{text}"
     return save(tensors, metadata={"pyfastft.delta": stated})
 
 
@@ -350,7 +359,7 @@ def test_deltas_with_changed_bytes(tmp_path: Path) -> None:
         path.write_bytes(save({}, metadata={"pyfastft.delta": text}))
         assert "task.delta: expected" in error_of(lambda: ft.load_delta(path))
     for text in ("[]", "[" * 100_000, "{", "{}"):
-        stated = f"{delta._sha256(text, {})}\n{text}"
+        stated = f"{_manifest.sha256_of_content(text, {})}\n{text}"
         path.write_bytes(save({}, metadata={"pyfastft.delta": stated}))
         assert "task.delta: " in error_of(lambda: ft.load_delta(path))
     path.write_bytes(save({"x": torch.ones(2)}))

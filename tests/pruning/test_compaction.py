@@ -304,7 +304,7 @@ def test_what_was_given_up_or_is_damaged_is_no_way_back(tmp_path) -> None:
     whole, state = path.read_bytes(), twin.state_dict()
     ft.compact(third, keep_original=tmp_path / "other")
     twin[4].weight[:, 1] = 0
-    with pytest.raises(ValueError, match="keeps its original weights already, revert it"):
+    with pytest.raises(ValueError, match="compact: the model keeps its original weights"):
         ft.compact(twin)
     for content, message in (
         (whole[:-3], "damaged"),
