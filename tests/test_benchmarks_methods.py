@@ -31,6 +31,16 @@ def test_rows_replace_those_of_the_same_task_method_and_machine(tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["methods.json"]
 
 
+def test_committed_rows_say_where_they_come_from() -> None:
+    for one in json.loads(methods.RESULTS.read_text())["rows"]:
+        assert one["equation"], one
+        assert one["source"], one
+        assert one["provenance"]["git_sha"], one
+        assert not one["provenance"]["dirty"], one
+        assert one["trained"] > 0, one
+        assert min(one["accuracy"]) > 50, one
+
+
 @functools.cache
 def sst2(text: Path) -> methods.Task:
     return methods.Task(text / "stsa.binary.train", text / "stsa.binary.dev")
