@@ -35,7 +35,7 @@ from pyfastft.benchmarks.timer import (
 
 FAMILIES = ("lora", "ptq4")
 # Measured by the figures of their bars alone.
-FIGURES_ONLY = ("masked",)
+FIGURES_ONLY = ("masked", "prune")
 OURS = "pyfastft"
 PEERS = ("pytorch", "torch.compile", "peft")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

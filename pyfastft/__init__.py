@@ -1,6 +1,6 @@
 """Fused kernels for fine-tuning and compressing pretrained models, on GPU and on CPU."""
 
-from pyfastft import autograd, functional, nn, optim, sparsity
+from pyfastft import autograd, functional, nn, optim, pruning, sparsity
 from pyfastft._op import Explanation, backend, explain
 from pyfastft.config import PTQ4, LoRA, MaskedTuning
 from pyfastft.conversion import Report, convert, merge, pack, revert, unmerge, unpack
@@ -49,6 +49,7 @@ __all__ = [
     "overlap",
     "pack",
     "plan",
+    "pruning",
     "quantize",
     "revert",
     "save_adapter",

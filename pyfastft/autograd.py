@@ -2,6 +2,7 @@
 
 from pyfastft.ops.lora import AbsRowSumsFunction, LoRALinearFunction, ScaleColumnsFunction
 from pyfastft.ops.masked import MaskedLinearFunction
+from pyfastft.ops.prune import BlockSparseLinearFunction
 from pyfastft.ops.ptq4 import (
     FakeQuantize4Function,
     Int4LinearA4Function,
@@ -13,6 +14,7 @@ from pyfastft.ops.ptq4 import (
 
 __all__ = [
     "AbsRowSumsFunction",
+    "BlockSparseLinearFunction",
     "FakeQuantize4Function",
     "Int4LinearA4Function",
     "Int4LinearA8Function",

@@ -21,12 +21,14 @@ from pyfastft.functional.masked import (
     masked_weight_grad,
     select_topk,
 )
+from pyfastft.functional.prune import block_sparse_linear
 from pyfastft.functional.quantize_weight import hqq_quantize, rtn_quantize
 from pyfastft.functional.several import lora_adapters, lora_projections
 from pyfastft.functional.sums import abs_row_sums
 
 __all__ = [
     "abs_row_sums",
+    "block_sparse_linear",
     "dora_linear",
     "dora_norm",
     "fake_quantize4",

@@ -23,6 +23,7 @@ from pyfastft.ops.masked import (
     masked_weight_grad,
     select_topk,
 )
+from pyfastft.ops.prune import block_sparse_linear, block_sparse_linear_backward
 from pyfastft.ops.ptq4 import (
     fake_quantize4,
     fake_quantize4_backward,
@@ -42,6 +43,8 @@ from pyfastft.ops.ptq4 import (
 __all__ = [
     "abs_row_sums",
     "abs_row_sums_backward",
+    "block_sparse_linear",
+    "block_sparse_linear_backward",
     "dora_norm",
     "fake_quantize4",
     "fake_quantize4_backward",

@@ -60,6 +60,7 @@ MASKED = {
     "_element_grad_kernel",
     "_entry_grad_kernel",
 }
+PRUNE = {"_block_product_kernel", "_block_grad_kernel"}
 # Sizes that are not aligned change how operands are loaded, which one precision shows; the others
 # take minutes.
 CASES = [
@@ -194,3 +195,18 @@ def test_masked_kernels_compile_for_every_device(
 ) -> None:
     arguments = (architectures, alignments, dtypes, kernels)
     check(compile_kernels(*arguments, script="compile_masked.py"), MASKED)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "alignments", "dtypes", "blocks"),
+    [
+        pytest.param("90", "aligned", "bf16", "32x32,128x64", marks=pytest.mark.more),
+        pytest.param("80", "odd", "fp32", "32x64", marks=pytest.mark.more),
+        pytest.param("80,90,100", "aligned,odd", "bf16,fp32,fp16", "every", marks=pytest.mark.slow),
+    ],
+)
+def test_block_sparse_kernels_compile_for_every_device(
+    architectures: str, alignments: str, dtypes: str, blocks: str
+) -> None:
+    arguments = (architectures, alignments, dtypes, blocks)
+    check(compile_kernels(*arguments, script="compile_prune.py"), PRUNE)

@@ -237,19 +237,6 @@ inline void lora_adapter_backward(const LoraCall& f, const ft_lora_layer& layer,
   }
 }
 
-// db = sum over m of grad, whose transpose is given: a row of ones times grad, so that the sum has
-// the core's order and small error.
-inline void sum_rows(const Operand& grad_t, int64_t m, int64_t n, void* db, int32_t dtype,
-                     int threads) {
-  const uint16_t bf16_one = 0x3f80, fp16_one = 0x3c00;
-  const float one = 1.0f;
-  const void* ones = dtype == FT_FLOAT32    ? static_cast<const void*>(&one)
-                     : dtype == FT_BFLOAT16 ? static_cast<const void*>(&bf16_one)
-                                            : static_cast<const void*>(&fp16_one);
-  const Product sum = product(dense(ones, 0, 0), dtype, grad_t, dtype, m, kShortDepthItems);
-  gemm(1, n, &sum, 1, result(db, dtype, n, 1), threads);
-}
-
 inline void lora_base_backward(const LoraCall& f, const ft_lora_layer& layer) {
   const Operand grad_t = dense(layer.grad, layer.grad_stride_n, layer.grad_stride_m);
   if (layer.dweight) {

@@ -310,6 +310,28 @@ FT_API int ft_cpu_masked_merge(void* merged, int64_t* source, const void* index,
                                const int64_t* kept, const void* grown, int64_t count,
                                int64_t kept_count, int64_t grown_count, int32_t index_bytes);
 
+// ---- prune ---------------------------------------------------------------------------------
+
+// A weight W (n, k) made of blocks of rows x columns, those at the ends reaching beyond it: values
+// (blocks, rows, columns), contiguous, and index, laid out and checked by
+// pyfastft/ops/prune/_pattern.py.
+
+// y = x W^T + b, accumulated in float32. [out] y (m, n); [in] x (m, k), bias (n) or null.
+FT_API int ft_cpu_block_sparse_linear(void* y, const void* x, const void* values, const void* bias,
+                                      const int32_t* index, int64_t m, int64_t n, int64_t k,
+                                      int64_t blocks, int64_t rows, int64_t columns,
+                                      int64_t x_stride_m, int64_t x_stride_k, int32_t dtype,
+                                      int32_t threads);
+// dx = grad W, dvalues = grad^T x at the blocks, zero beyond W, dbias = sum_m grad.
+// [out] dx (m, k), dvalues (blocks, rows, columns), dbias (n); [in] grad (m, n), x for dvalues.
+FT_API int ft_cpu_block_sparse_linear_backward(void* dx, void* dvalues, void* dbias,
+                                               const void* grad, const void* x, const void* values,
+                                               const int32_t* index, int64_t m, int64_t n,
+                                               int64_t k, int64_t blocks, int64_t rows,
+                                               int64_t columns, int64_t grad_stride_m,
+                                               int64_t grad_stride_n, int64_t x_stride_m,
+                                               int64_t x_stride_k, int32_t dtype, int32_t threads);
+
 // ---- lora on a GPU -------------------------------------------------------------------------
 
 // The five stages around torch's GEMM on a GPU; scaling, rng and workspaces are device pointers.
