@@ -201,7 +201,7 @@ class _Problem:
         self.one = _draw(weight.normal_(), config, part)
         self.x = weight.new_empty(tokens, k).normal_()
         self.grad = weight.new_empty(tokens, n).normal_()
-        self.times = _medians(
+        self.times = medians(
             {
                 "forward": lambda: nn.functional.linear(self.x, weight),
                 "input_gradient": lambda: self.grad @ weight,
@@ -250,12 +250,12 @@ def _step_rates(problems: Sequence[tuple[_Problem, int]]) -> tuple[float, float]
             whole[-1].grad = torch.randn_like(whole[-1])
     ours = optim.MaskedAdamW(sets, lr=1e-6)
     dense = torch.optim.AdamW(whole, lr=1e-6, fused=True)
-    times = _medians({"ours": ours.step, "dense": dense.step}, sets[0].weight.device)
+    times = medians({"ours": ours.step, "dense": dense.step}, sets[0].weight.device)
     trained, every = sum(map(len, sets)), sum(one.numel() for one in whole)
     return times["ours"] / max(trained, 1), times["dense"] / max(every, 1)
 
 
-def _medians(steps: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
+def medians(steps: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
     """Milliseconds of each call, taken in turns."""
     from pyfastft.benchmarks.timer import Candidate, CudaClock, WallClock, interleave, summarise
 

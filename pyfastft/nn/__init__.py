@@ -2,6 +2,7 @@
 
 from pyfastft.nn._adapters import disable_adapters
 from pyfastft.nn._made_of import RowSquares
+from pyfastft.nn.block_sparse import BlockSparseLinear
 from pyfastft.nn.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from pyfastft.nn.embedding import LoRAEmbedding
 from pyfastft.nn.int4 import Int4Conv1d, Int4Conv2d, Int4Conv3d, Int4Linear
@@ -15,6 +16,7 @@ from pyfastft.nn.lora import LoRALinear
 from pyfastft.nn.masked import MaskedLinear
 
 __all__ = [
+    "BlockSparseLinear",
     "Int4Conv1d",
     "Int4Conv2d",
     "Int4Conv3d",

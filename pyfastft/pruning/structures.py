@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from pyfastft.nn._stand_in import why_not_kind, why_not_weight
+from pyfastft.nn.block_sparse import BlockSparseLinear
 
 # Models of transformers that are built as BERT is, and what their classes' names begin with.
 BERTS = {
@@ -24,6 +25,7 @@ BERTS = {
     "xlm_roberta": "XLMRoberta",
 }
 _BERT_MODULE = re.compile(r"transformers\.models\.(\w+)\.modeling_\1")
+LINEAR = (nn.Linear, BlockSparseLinear)
 _ELEMENTWISE = (
     *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh),
     *(nn.Identity, nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU),
@@ -58,7 +60,8 @@ class Width:
 def widths_of(model: nn.Module) -> tuple[dict[str, Width], dict[str, str]]:
     """The model's widths by the names of their readers, and why other linear layers have none.
 
-    A layer whose Parameters stand in more than one place is in no width.
+    A layer is an ``nn.Linear`` or a :class:`pyfastft.nn.BlockSparseLinear`. One whose Parameters
+    stand in more than one place is in no width.
     """
     named = dict(model.named_modules(remove_duplicate=False))
     whys: dict[str, str] = {}
@@ -88,7 +91,10 @@ def count_heads(attention: nn.Module) -> None:
 
 def _fault(module: nn.Module, places: dict[int, list[str]]) -> str | None:
     """Why a layer's sizes cannot change; None where they can."""
-    if why := why_not_kind(module, (nn.Linear,)) or why_not_weight(module):
+    why = why_not_kind(module, LINEAR)
+    if why is None and isinstance(module, nn.Linear):
+        why = why_not_weight(module)
+    if why is not None:
         return why
     for name, parameter in module.named_parameters(recurse=False):
         shared = places[id(parameter)]
@@ -143,7 +149,7 @@ def _sequential_widths(named: dict[str, nn.Module], whys: dict[str, str]) -> Ite
         between: list[nn.Module] = []
         stopped: nn.Module | None = None
         for child, part in _parts(name, module, inner):
-            if isinstance(part, nn.Linear):
+            if isinstance(part, LINEAR):
                 if maker is not None and stopped is None:
                     yield Width(child, (maker,), between=tuple(between))
                 elif maker is not None:

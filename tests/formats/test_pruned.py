@@ -119,9 +119,10 @@ def test_files_that_cannot_be_right_change_nothing(tmp_path: Path) -> None:
     widths, tensors = json.loads(text)["widths"], load(good)
     weight = f"{reader}.weight"
 
+    manifest = {"version": 1, "widths": widths, "blocks": {}}
+
     def of(**changes: object) -> bytes:
-        others = {name.replace("__", "."): value for name, value in changes.items()}
-        return forged({"version": 1, "widths": widths | others}, tensors)
+        return forged(manifest | {"widths": widths | changes}, tensors)
 
     cases = [
         (good[:-1], "expected a safetensors file"),
@@ -129,9 +130,15 @@ def test_files_that_cannot_be_right_change_nothing(tmp_path: Path) -> None:
         (good[:-1] + bytes([good[-1] ^ 1]), "expected content of the sha256"),
         (save(tensors), f"expected a pruned model, got a safetensors file without {KEY}"),
         (forged("[]", tensors), "expected a JSON object"),
-        (forged({"version": 2, "widths": widths}, tensors), "expected version 1, got 2"),
-        (forged({"version": 1, "widths": []}, tensors), "expected widths of type dict"),
-        (forged({"version": 1, "widths": {}}, tensors), "expected bert.* of shape"),
+        (
+            forged(manifest | {"version": 2}, tensors),
+            "expected version 1, got 2",
+        ),
+        (
+            forged(manifest | {"widths": []}, tensors),
+            "expected widths of type dict",
+        ),
+        (forged(manifest | {"widths": {}}, tensors), "expected bert.* of shape"),
         (of(nothing=1), "nothing: expected a layer whose width can change, the model has no such"),
         (of(**{heads: 13}), f"{heads}: expected a width of a multiple of 4 up to 16, got 13"),
         (of(**{heads: 8}), rf"expected .* of shape \({8}"),
@@ -140,18 +147,20 @@ def test_files_that_cannot_be_right_change_nothing(tmp_path: Path) -> None:
         (of(**{reader: True}), "expected a width of .* got True"),
         (of(**{reader: 12}), r"expected .* of shape \(12"),
         (
-            forged({"version": 1, "widths": widths}, tensors | {"more": torch.ones(1)}),
+            forged(manifest, tensors | {"more": torch.ones(1)}),
             "expected the tensors of the model, more differs",
         ),
         (
             forged(
-                {"version": 1, "widths": widths}, {n: t for n, t in tensors.items() if n != weight}
+                {"version": 1, "widths": widths, "blocks": {}},
+                {n: t for n, t in tensors.items() if n != weight},
             ),
             f"expected the tensors of the model, {weight} differs",
         ),
         (
             forged(
-                {"version": 1, "widths": widths}, tensors | {weight: tensors[weight].T.contiguous()}
+                {"version": 1, "widths": widths, "blocks": {}},
+                tensors | {weight: tensors[weight].T.contiguous()},
             ),
             rf"expected {weight} of shape \(16, 11\), got \(11, 16\)",
         ),
@@ -169,6 +178,58 @@ def test_files_that_cannot_be_right_change_nothing(tmp_path: Path) -> None:
         ft.load_pruned(other, tmp_path / "nothing")
     path.write_bytes(good)
     ft.load_pruned(other, path)
+
+
+def blocks_of(monkeypatch: pytest.MonkeyPatch) -> nn.Sequential:
+    """A compacted model, one layer of it made of blocks."""
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16))
+    with torch.no_grad():
+        model[0].weight[:8, 8:] = 0
+        model[2].weight[:, 20:] = 0
+    monkeypatch.setattr("pyfastft.pruning.compaction.is_faster", lambda *_: True)
+    ft.compact(model, block=8)
+    assert isinstance(model[0], ft.nn.BlockSparseLinear)
+    assert type(model[2]) is nn.Linear
+    return model
+
+
+def test_layers_made_of_blocks_come_back(tmp_path, monkeypatch) -> None:
+    model, path, x = blocks_of(monkeypatch), tmp_path / "small", torch.randn(5, 16)
+    ft.save_pruned(model, path)
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            other = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16))
+        assert ft.load_pruned(other, path).changed == ("0", "2")
+        assert_exact(other(x), model(x))
+        for name, tensor in model.state_dict().items():
+            assert_exact(other.state_dict()[name], tensor, name)
+        assert str(other) == str(model)
+        with pytest.raises(ValueError, match="expected model of dense layers, got blocks in 0"):
+            ft.load_pruned(other, path)
+
+
+def test_blocks_that_cannot_be_right_change_nothing(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "small"
+    ft.save_pruned(blocks_of(monkeypatch), path)
+    tensors = load(path.read_bytes())
+    index = tensors["0.index"]
+    other = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16))
+    for blocks, changes, message in (
+        ({"0": [8, 8]}, {"0.index": index.flip(0)}, "0: BlockPattern: expected index"),
+        ({"0": [8, 8]}, {"0.index": index.long()}, "0: BlockPattern: expected index of dtype"),
+        ({"0": [8, 8]}, {"0.values": torch.zeros(4, 8, 8)}, "expected 0.values of shape"),
+        ({"0": [8, 0]}, {}, "0: BlockPattern: expected block of two sizes"),
+        ({"0": 8}, {}, "0: expected a block of two sizes, got 8"),
+        ({"2": [8, 8]}, {}, "2: expected an index of its blocks, got none"),
+        ({"1": [8, 8]}, {}, "1: expected a layer that can be made of blocks, the model has no"),
+        ({}, {}, "expected the tensors of the model, 0.index, 0.values, 0.weight differs"),
+    ):
+        manifest = {"version": 1, "widths": {"2": 20}, "blocks": blocks}
+        path.write_bytes(forged(manifest, tensors | changes))
+        with pytest.raises(ValueError, match=f"small: {message}"):
+            ft.load_pruned(other, path)
+        assert [type(layer) for layer in other] == [nn.Linear, nn.ReLU, nn.Linear]
+        assert other[0].weight.shape == (24, 16)
 
 
 def test_models_that_have_something_to_lose_are_refused(tmp_path: Path) -> None:

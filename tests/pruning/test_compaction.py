@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils.prune import random_unstructured
 
 import pyfastft as ft
+from pyfastft.pruning.compaction import is_faster
 from pyfastft.testing.tolerance import assert_accurate, assert_exact
 
 HEAD, HEADS, INNER = 4, 4, 12
@@ -318,6 +319,80 @@ def test_what_was_given_up_or_is_damaged_is_no_way_back(tmp_path) -> None:
     path.write_bytes(whole)
     ft.revert(twin)
     assert shapes(twin) == shapes(mlp())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["cpu", "file"])
+def test_a_layer_made_of_blocks_keeps_nothing_in_common_with_the_original(
+    where, monkeypatch, tmp_path
+) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    model[0].weight[:8, 8:] = 0
+    masked = copy.deepcopy(model)
+    state = masked.state_dict()
+    monkeypatch.setattr("pyfastft.pruning.compaction.is_faster", lambda *_: True)
+    keep = "cpu" if where == "cpu" else tmp_path / "kept"
+    assert ft.compact(model, keep_original=keep, block=8).changed == ("0",)
+    assert_exact(model[0].bias.data, state["0.bias"])
+    assert_same_outputs(model, masked, torch.randn(9, 16))
+    model[0].bias.zero_()
+    ft.revert(model)
+    for name, tensor in model.state_dict().items():
+        assert_exact(tensor, state[name], name)
+
+
+@torch.no_grad()
+def test_layers_that_are_faster_by_their_blocks_are_made_of_them(monkeypatch) -> None:
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU()).eval()
+    model.append(nn.Linear(16, 3, bias=False))
+    model[0].weight[:8, 8:] = 0
+    model[2].weight[:, 20:] = 0
+    model[4].weight[:, :8] = 0
+    model[2].weight.requires_grad_(False)
+    masked, x, asked = copy.deepcopy(model), torch.randn(9, 16), []
+
+    def decide(weight, pattern, tokens):
+        asked.append((tuple(weight.shape), pattern.blocks, tokens))
+        return weight.shape == (20, 16)
+
+    monkeypatch.setattr("pyfastft.pruning.compaction.is_faster", decide)
+    dense = copy.deepcopy(model)
+    ft.compact(dense, block=None)
+    assert not asked
+    assert all(type(layer) is nn.Linear for layer in dense[::2])
+    report = ft.compact(model, keep_original="cpu", block=8, tokens=7)
+    assert asked == [((20, 16), 5, 7)]
+    assert report.changed == ("0", "2", "4")
+    assert [type(layer) for layer in model[::2]] == [
+        ft.nn.BlockSparseLinear,
+        nn.Linear,
+        nn.Linear,
+    ]
+    assert_same_outputs(model, masked, x)
+    assert ft.compact(model).skipped["0"] == "its width has a layer made of blocks"
+    for one in (copy.deepcopy(model), model):
+        ft.revert(one)
+        assert all(type(layer) is nn.Linear for layer in one[::2])
+        for name, parameter in one.named_parameters():
+            assert_exact(parameter.data, masked.get_parameter(name).data, name)
+            assert parameter.requires_grad == (name != "2.weight")
+    small = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    small[2].weight.zero_()
+    assert ft.compact(small, block=8).changed == ("0", "2")
+    assert len(asked) == 1  # less than a block is not asked for
+    with pytest.raises(ValueError, match="compact: expected block of at least 1, got 0"):
+        ft.compact(model, block=0)
+
+
+def test_what_is_faster_is_measured() -> None:
+    weight = torch.randn(512, 512)
+    for rows, expected in ((16, True), (496, False)):
+        sparse = weight.clone()
+        sparse[rows:] = 0
+        pattern = ft.pruning.BlockPattern.from_weight(sparse, block=(16, 16))
+        # The reference makes the weight dense in the call.
+        with ft.backend("cpu" if expected else "reference"):
+            assert is_faster(sparse, pattern, 256) is expected
 
 
 def test_adapters_are_not_compacted() -> None:
