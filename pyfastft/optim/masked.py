@@ -86,26 +86,28 @@ class _Masked(Optimizer):
     def _launch(self, several: list[tuple[Any, ...]], rng: torch.Tensor | None) -> None:
         weights, values, grads, index, rows, columns, hypers = [], [], [], [], [], [], []
         states: tuple[list[torch.Tensor], ...] = tuple([] for _ in self._states)
+        torch._foreach_add_([self.state[param]["step"] for param, _ in several], 1.0)
         for param, group in several:
             state, one = self.state[param], getattr(param, ATTRIBUTE, None)
-            state["step"] += 1
-            grad = param.grad.reshape(-1)
+            grad = param.grad
             if one is None:
-                n, k = matrix_of(param) if param.dim() else (1, 1)
-                weights.append(param.detach().view(-1) if not param.dim() else param.detach())
-                values.append(grad.new_empty(0))
+                whole = param.detach() if param.dim() else param.detach().view(-1)
+                n, k = matrix_of(whole)
+                grad = grad.reshape(-1).to(wide(param.dtype))
+                weights.append(whole)
+                values.append(grad[:0])
                 index.append(torch.zeros(1, dtype=torch.int64, device=param.device))
                 rows.append(n)
                 columns.append(k)
             else:
-                weights.append(one.weight.detach())
+                weights.append(one.weight)
                 values.append(param.detach())
                 index.append(one.index)
                 rows.append(one.rows)
                 columns.append(one.columns)
-            grads.append(grad.to(wide(param.dtype)))
+            grads.append(grad)
             for name, own in zip(self._states, states, strict=True):
-                own.append(state[name] if name in state else grads[-1][:0])
+                own.append(state[name] if name in state else grad[:0])
             hypers.append(self._hypers(group, float(state["step"])))
         table = torch.tensor(hypers, dtype=torch.float64)
         type(self)._op(weights, values, *states, grads, index, rows, columns, table, rng)

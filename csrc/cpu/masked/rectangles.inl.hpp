@@ -51,20 +51,10 @@ void place_values(const Rectangles& r, T* weight, int64_t begin, int64_t count, 
     return;
   }
   const Index* const index = static_cast<const Index*>(r.index) + begin;
-  for (int64_t i = 0; i < count; ++i) weight[index[i]] = from[i];
-}
-
-// Asks for the lines of scattered values before what is written to them is computed.
-template <class T>
-FT_INLINE void ask_for(const Rectangles& r, const void* weight, int64_t begin, int64_t count) {
-  if (r.area() > 1) return;
-  const T* const from = static_cast<const T*>(weight);
-  if (r.index_bytes == 4) {
-    const int32_t* const index = static_cast<const int32_t*>(r.index) + begin;
-    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(from + index[i], 1);
-  } else {
-    const int64_t* const index = static_cast<const int64_t*>(r.index) + begin;
-    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(from + index[i], 1);
+  const int64_t known = r.count - begin;
+  for (int64_t i = 0; i < count; ++i) {
+    if (i + kElementsAhead < known) __builtin_prefetch(weight + index[i + kElementsAhead], 1);
+    weight[index[i]] = from[i];
   }
 }
 

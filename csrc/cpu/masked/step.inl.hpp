@@ -1,8 +1,9 @@
 // One optimizer step over the trained parts of all weights, for one level of the instruction set.
 //
 // Values are worked through in chunks that stay in the first-level cache: state is read, updated
-// and written as vectors, then the new values go to where they live in the weight. The lines of the
-// weight are asked for ahead of time; they are most of the traffic. In float32; a weight of half
+// and written as vectors, then the new values go to where they live in the weight, whose lines are
+// asked for ahead of time; they are most of the traffic. Tasks are long, because state is read as
+// five streams, which every task begins anew. In float32; a weight of half
 // precision gets its master rounded to nearest, or stochastically with the bits of
 // Philox(seed, value / 8, offset), half value % 8 (see pyfastft/_random.py).
 #include "cpu/vec.inl.hpp"
@@ -11,9 +12,9 @@
 
 namespace {
 
-constexpr int64_t kStepChunk = 64;     // values
-constexpr int64_t kStepAhead = 192;    // values whose lines are asked for ahead of time
-constexpr int64_t kStepTask = 2048;    // values
+constexpr int64_t kStepChunk = 512;                                  // values
+constexpr int64_t kStepLeast = 4 * kStepChunk, kStepMost = 1 << 16;  // values of a task
+constexpr int64_t kStepTasks = 4;                                    // of each thread, at least
 constexpr int64_t kStepSerial = 8192;  // fewer values are not worth waking a thread for
 
 FT_INLINE Vec root(Vec v) {
@@ -134,13 +135,9 @@ void step_values(const Step& f, const StepSegment& s, int64_t begin, int64_t end
   const Update update = choose_update(f.method, s);
   alignas(kCacheLine) float values[kStepChunk];
   alignas(kCacheLine) T rounded[kStepChunk];
-  if (s.value) ask_for<T>(s.at, s.weight, begin, lesser(kStepAhead, end - begin));
   for (; begin < end; begin += kStepChunk) {
     const int64_t count = lesser(kStepChunk, end - begin);
-    if (s.value) {
-      const int64_t next = begin + kStepAhead;
-      ask_for<T>(s.at, s.weight, next, lesser(kStepChunk, end - next));
-    } else {
+    if (!s.value) {
       fetch(s.at, s.weight, begin, count, rounded);
       widen(rounded, count, values);
     }
@@ -161,9 +158,11 @@ inline int64_t segment_of(const Step& f, int64_t value) {
 }
 
 inline void step(const Step& f) {
-  parallel_for(f.values < kStepSerial ? 1 : f.threads, ceil_div(f.values, kStepTask),
+  const int64_t share = ceil_div(f.values, kStepTasks * f.threads * kStepChunk) * kStepChunk;
+  const int64_t size = greater(kStepLeast, lesser(kStepMost, share));
+  parallel_for(f.values < kStepSerial ? 1 : f.threads, ceil_div(f.values, size),
                [&](int64_t task, int) {
-                 const int64_t begin = task * kStepTask, end = lesser(f.values, begin + kStepTask);
+                 const int64_t begin = task * size, end = lesser(f.values, begin + size);
                  for (int64_t i = segment_of(f, begin); i < f.count; ++i) {
                    const StepSegment& s = f.segments[i];
                    const int64_t from = greater(0, begin - s.first_value);
