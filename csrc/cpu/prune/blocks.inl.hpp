@@ -59,6 +59,12 @@ inline BlockSide side_of(const BlockSparseLinear& f, bool transposed) {
 
 // ---- the register tile ---------------------------------------------------------------------
 
+// The height of all strips of so many rows: equal, even, and no more than a tile of two strips has.
+inline int block_height(int64_t rows) {
+  const int height = int(ceil_div(rows, greater(1, ceil_div(rows, kTileRows))));
+  return height <= 1 ? 1 : height + height % 2;
+}
+
 // Of the depth of a tile's rows: `count` runs of `items` items, the one at places[i] beginning at
 // item places[i] * items, all of them within `end`.
 struct Runs {

@@ -93,7 +93,7 @@ inline void block_gradient(const BlockSparseLinear& f, const BlockSide& w, int t
   Operand x = dense(f.x, f.x_stride_k, f.x_stride_m);
   choose_packer(y, f.dtype, pairs);
   choose_packer(x, f.dtype, pairs);
-  const EdgeStrips rows{f.n, f.rows, row_height(f.rows)}, columns{f.k, f.columns, kLanes};
+  const EdgeStrips rows{f.n, f.rows, block_height(f.rows)}, columns{f.k, f.columns, kLanes};
   const int64_t strip_bytes =
       lesser(kTokenItems, ceil_div(f.m, per_item)) * kLanes * int64_t(sizeof(float));
   float* const row_panel =

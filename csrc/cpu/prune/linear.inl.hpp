@@ -89,7 +89,7 @@ inline void multiply_groups(const BlockSide& w, const Operand& x, int64_t m, int
                             const float* panel, const Result& c, int threads) {
   const int64_t items = greater(1, ceil_div(w.depth, w.per_item()));
   const Depth whole{w.depth, w.pairs, items};
-  const Strips tokens{0, m, row_height(m)};
+  const Strips tokens{0, m, block_height(m)};
   const int64_t strips = tokens.count(), strip_floats = items * kLanes;
   const int64_t most = greater(1, kTokenBytes / (strip_floats * int64_t(sizeof(float))));
   // Parts of the tokens, as many for one thread as for another and packed where they are used.
