@@ -180,7 +180,38 @@ def blocks(results: Path) -> dict[str, str]:
         parts.append(f"On `{path.parent.name}`:\n\n{table}")
     texts["bars"] = "\n\n".join(parts) or "not measured"
     texts["headline"] = _headline(results)
+    path = results / "methods.json"
+    rows_of = json.loads(path.read_text())["rows"] if path.is_file() else []
+    texts["methods"] = markdown_table(method_cells(rows_of)) if rows_of else "not measured"
     return texts
+
+
+def method_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Methods of fine-tuning beside each other, as :mod:`pyfastft.benchmarks.methods` has them."""
+    cells = [
+        [
+            *("method", "task", "trained", "accuracy, %", "over full, points", "ms/step"),
+            *("state, MB", "file, MB", "runs x steps", "machine", "revision"),
+        ]
+    ]
+    for row in rows:
+        machine, provenance = row["machine"], row["provenance"]
+        cells.append(
+            [
+                row["method"],
+                row["task"],
+                f"{row['trained']:,}",
+                f"{row['accuracy_mean']:.1f} ± {row['accuracy_standard_error']:.1f}",
+                f"{row['over_full_mean']:+.1f} ± {row['over_full_standard_error']:.1f}",
+                f"{row['ms_per_step']:.0f}",
+                f"{row['state_bytes'] / 1e6:.2f}",
+                f"{row['file_bytes'] / 1e6:.2f}",
+                f"{len(row['accuracy'])} x {row['steps']}",
+                f"{machine['name']}, {machine['threads']} threads",
+                f"{provenance['git_sha']}{' and changes' if provenance['dirty'] else ''}",
+            ]
+        )
+    return cells
 
 
 def _headline(results: Path) -> str:
