@@ -13,6 +13,8 @@ CODEBOOKS = ("int4", "nf4", "fp4")
 CODES = 16
 # The zero-point of int4 where none is given.
 IMPLIED_ZERO = 8
+# What activations can be rounded to beside int4.
+ACTIVATIONS = ("int8",)
 
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from pyfastft._codebook import CODEBOOKS
+from pyfastft._codebook import ACTIVATIONS, CODEBOOKS
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -182,6 +182,10 @@ class PTQ4(Targeted):
         iterations: how many steps ``"hqq"`` takes.
         scale_dtype: ``"float32"``, ``"bfloat16"``, or ``"float16"``: scales that files with
             float16 hold exactly, kept in float32.
+        activations: ``"int8"`` rounds what comes into a linear layer to 8 bits, with a scale for
+            each row and group found on the way, see
+            :func:`pyfastft.functional.int4_linear_a8`; beside the codebook int4, and on no
+            convolution. None leaves it in its own dtype.
         targets, exclude, layers, layers_pattern: as of :class:`LoRA`.
 
     Raises:
@@ -200,6 +204,7 @@ class PTQ4(Targeted):
     round_zero: bool = False
     iterations: int = 20
     scale_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    activations: Literal["int8"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -207,6 +212,7 @@ class PTQ4(Targeted):
             ("method", _METHODS),
             ("codebook", CODEBOOKS),
             ("scale_dtype", _SCALE_DTYPES),
+            ("activations", (None, *ACTIVATIONS)),
         ):
             if getattr(self, name) not in known:
                 _reject(name, " or ".join(map(repr, known)), getattr(self, name))
@@ -225,6 +231,8 @@ class PTQ4(Targeted):
             _reject("symmetric", "False but beside method='rtn' and codebook='int4'", True)
         if self.round_zero and self.method != "hqq":
             _reject("round_zero", "False but beside method='hqq'", True)
+        if self.activations is not None and self.codebook != "int4":
+            _reject("activations", "None but beside codebook='int4'", self.activations)
 
 
 @dataclass(frozen=True, kw_only=True)

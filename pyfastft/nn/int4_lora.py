@@ -76,6 +76,16 @@ class LoRAInt4Linear(_OverInt4):  # type: ignore[misc]
 
     KINDS = (Int4Linear,)
 
+    @classmethod
+    def why_not(cls, module: nn.Module) -> str | None:
+        """Why this layer cannot stand in for the module; None where it can."""
+        if (why := super().why_not(module)) is not None:
+            return why
+        assert isinstance(module, Int4Linear)
+        if module.activations is None:
+            return None
+        return f"its activations are rounded to {module.activations}, which adapters do not do"
+
     def _shapes(self, lora_bias: bool) -> tuple[tuple[int, ...], tuple[int, ...], int]:
         n, k = self._shape
         self.in_features, self.out_features = k, n

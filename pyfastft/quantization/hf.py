@@ -90,7 +90,7 @@ class PTQ4Quantizer(HfQuantizer):
             if name not in named or int4_layer_for(named[name]) is None:
                 raise ValueError(f"modules: expected layers of the model, got {name!r}")
             weights[name] = _empty(named[name], self.quantization_config.config)
-        install(model, weights)
+        install(model, weights, activations=self.quantization_config.config.activations)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if not self.pre_quantized:

@@ -22,7 +22,7 @@ from pyfastft.formats._files import (
     some,
     write_tensors,
 )
-from pyfastft.formats.checkpoint import load_checkpoint
+from pyfastft.formats.checkpoint import Checkpoint, load_checkpoint
 from pyfastft.nn._adapters import layer_for
 from pyfastft.nn._int4_weight import Int4Weight
 from pyfastft.nn._layer import LoRALayer
@@ -71,7 +71,8 @@ def quantize(
     A linear layer becomes a :class:`pyfastft.nn.Int4Linear`, a convolution its like; a layer that
     stands in several places is changed once and stays shared. Layers that share one weight keep
     sharing it in 4 bits where all of them are targeted; a weight that is also, say, an embedding's
-    is left alone. Nothing is changed before every weight is quantized.
+    is left alone. Nothing is changed before every weight is quantized. With
+    ``config.activations`` convolutions are left alone.
 
     Args:
         model: any module, not itself such a layer.
@@ -96,7 +97,7 @@ def quantize(
     if is_quantized(model):
         raise ValueError("quantize: the model was quantized already, revert it first")
     file = file_of_originals(keep_original)
-    planned = plan(model, config, caller="quantize", why_not=_why_not)
+    planned = plan(model, config, caller="quantize", why_not=lambda m: _why_not(m, config))
     modules, skipped = untied(model, planned.modules)
     skipped = {**planned.skipped, **skipped}
     if not modules:
@@ -117,7 +118,8 @@ def quantize(
         if file is not None:
             write_tensors(file, {name: _weight_of(module) for name, module in modules.items()})
             record.file = file.resolve()
-    install(model, {name: done[_weight_of(module)] for name, module in modules.items()})
+    held = {name: done[_weight_of(module)] for name, module in modules.items()}
+    install(model, held, activations=config.activations)
     if keep_original is not None:
         for weight in done:
             weight.data = weight.data.new_empty(0) if file is not None else weight.data.cpu()
@@ -125,7 +127,13 @@ def quantize(
     return report("quantize", model, modules, skipped)
 
 
-def load_quantized(model: nn.Module, path: str | os.PathLike[str], **options: Any) -> Report:
+def load_quantized(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    activations: Literal["int8"] | None = None,
+    **options: Any,
+) -> Report:
     """Put a 4-bit checkpoint into a model of its architecture, in place: its layers become 4-bit
     ones, and its other tensors are copied.
 
@@ -134,6 +142,9 @@ def load_quantized(model: nn.Module, path: str | os.PathLike[str], **options: An
     Args:
         model: the model with plain layers, possibly on the meta device.
         path: the checkpoint, see :func:`pyfastft.load_checkpoint`; **options: as there.
+        activations: ``"int8"`` rounds what comes into the layers, which have to be linear and of
+            the codebook int4, see :class:`pyfastft.nn.Int4Linear`; where absent what the config of
+            a checkpoint in the format ``"pyfastft"`` says.
 
     Returns:
         Which layers are in 4 bits now, and which of the model's tensors the checkpoint lacks.
@@ -141,13 +152,15 @@ def load_quantized(model: nn.Module, path: str | os.PathLike[str], **options: An
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged; or a layer or another tensor is none of the model's, or of
-            another shape.
+            another shape; or activations cannot be rounded beside a layer.
     """
     expect_unconverted(model, "load_quantized")
     checkpoint = load_checkpoint(path, **options)
     named, state = dict(model.named_modules()), model.state_dict()
     quantized = {name: layer.weight for name, layer in checkpoint.layers.items()}
     with naming(Path(path)):
+        stated = _activations_of(checkpoint) if activations is None else activations
+        activations = PTQ4(activations=stated).activations
         if unknown := sorted(quantized.keys() - named.keys()):
             raise ValueError(f"expected layers of the model's, got {some(unknown)}")
         for name, weight in quantized.items():
@@ -170,7 +183,7 @@ def load_quantized(model: nn.Module, path: str | os.PathLike[str], **options: An
                     f"expected {name} of shape {tuple(state[name].shape)}, got "
                     f"{tuple(tensor.shape)}"
                 )
-    install(model, quantized)
+    install(model, quantized, activations=activations)
     meta = any(tensor.is_meta for tensor in state.values())
     model.load_state_dict(dict(checkpoint.rest), strict=False, assign=meta)
     remember(model, Quantization(None))
@@ -183,16 +196,29 @@ def remember(model: nn.Module, record: Quantization) -> None:
     setattr(model, _RECORD, record)
 
 
-def install(model: nn.Module, quantized: Mapping[str, QTensor4]) -> None:
+def install(
+    model: nn.Module,
+    quantized: Mapping[str, QTensor4],
+    *,
+    activations: Literal["int8"] | None = None,
+) -> None:
     """Put 4-bit layers over these weights in the places of the modules of these names, with their
-    biases, hooks and mode."""
+    biases, hooks and mode.
+
+    Raises:
+        ValueError: activations cannot be rounded beside one of them; nothing is changed.
+    """
     named = dict(model.named_modules())
     layers: dict[nn.Module, nn.Module] = {}
+    options: dict[str, Any] = {} if activations is None else {"activations": activations}
     for name, weight in quantized.items():
         module = named[name]
         kind = int4_layer_for(module)
         assert kind is not None
-        layers[module] = layer = kind.from_module(module, weight)
+        why = kind.why_not_rounded(weight.k, weight.group_size, weight.codebook)
+        if activations is not None and why is not None:
+            raise ValueError(f"{name}: expected a layer whose activations can be rounded, {why}")
+        layers[module] = layer = kind.from_module(module, weight, **options)
         for hooks in HOOKS:
             layer.__dict__[hooks] = module.__dict__[hooks]
         layer.train(module.training)
@@ -318,10 +344,21 @@ def _dense_layer(module: Int4Weight, dtype: torch.dtype | None) -> nn.Module:
     return layer
 
 
-def _why_not(module: nn.Module) -> str | None:
-    """Why a module's weight cannot be put into 4 bits; None where it can."""
+def _activations_of(checkpoint: Checkpoint) -> Any:
+    """What the checkpoint's config says of activations; other formats' configs do not say it so."""
+    return checkpoint.config.get("activations") if checkpoint.format == "pyfastft" else None
+
+
+def _why_not(module: nn.Module, config: PTQ4) -> str | None:
+    """Why a module cannot be quantized as the config says; None where it can."""
     if (why := _why_not_kind(module)) is not None:
         return why
+    if config.activations is not None:
+        kind, k = int4_layer_for(module), as_matrix(module).shape[1]
+        assert kind is not None
+        size = k if config.group_size == -1 else config.group_size
+        if (why := kind.why_not_rounded(k, size, config.codebook)) is not None:
+            return why
     return "its weight is on the meta device" if _weight_of(module).is_meta else None
 
 
