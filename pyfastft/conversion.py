@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from pyfastft import tuning
 from pyfastft._check import reject
+from pyfastft._modules import adapters, expect_unconverted, replace
 from pyfastft._report import Report, report
 from pyfastft._targets import Plan, plan
 from pyfastft.config import LoRA, MaskedTuning
 from pyfastft.nn._adapters import layer_for
 from pyfastft.nn._layer import LoRALayer
 from pyfastft.nn.lora import LoRALinear
-from pyfastft.nn.masked import MaskedLinear
+from pyfastft.pruning import compaction
+from pyfastft.quantization import model as quantization
 
 __all__ = ["Report", "convert", "merge", "pack", "revert", "unmerge", "unpack"]
 
@@ -71,8 +74,6 @@ def convert(
         TypeError: the config is none; or the calibration or the loss is missing, or no tensor.
     """
     if isinstance(config, MaskedTuning):
-        from pyfastft import tuning
-
         return tuning.tune(model, config, calibration, loss)
     if not isinstance(config, LoRA):
         what = "LoRA or MaskedTuning"
@@ -141,10 +142,6 @@ def revert(model: nn.Module, *, weights: Literal["trained", "original"] = "train
     if weights not in ("trained", "original"):
         reject("revert", "weights", "'trained' or 'original'", repr(weights))
     if not is_converted(model):
-        from pyfastft import tuning
-        from pyfastft.pruning import compaction
-        from pyfastft.quantization import model as quantization
-
         if tuning.is_tuned(model):
             return tuning.restore(model, weights=weights)
         if quantization.is_quantized(model):
@@ -252,13 +249,6 @@ def unpack(model: nn.Module) -> Report:
     return report("unpack", model, packed, {n: "not packed" for n in linear if n not in packed})
 
 
-def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """The model's adapted layers by name."""
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALayer):
-            yield name, module
-
-
 def biases(
     model: nn.Module, config: LoRA, layers: Mapping[str, LoRALayer]
 ) -> dict[str, nn.Parameter]:
@@ -276,17 +266,6 @@ def conversion_of(model: nn.Module, caller: str) -> tuple[nn.Module, Conversion]
         if isinstance(record := module.__dict__.get(_RECORD), Conversion):
             return module, record
     raise ValueError(f"{caller}: expected a model that convert() changed")
-
-
-def expect_unconverted(model: nn.Module, caller: str) -> None:
-    """ValueError where a module has an adapter, or trains in part, already."""
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALayer):
-            raise ValueError(f"{caller}: the model has adapters already ({name}), revert it first")
-        if isinstance(module, MaskedLinear):
-            raise ValueError(
-                f"{caller}: the model trains in part already ({name}), revert it first"
-            )
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -320,11 +299,3 @@ def _expect_untied(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
                     f"merge: {name} shares a parameter with {', '.join(others)}, "
                     "which merging would change too"
                 )
-
-
-def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put new modules where the old ones stand, wherever that is."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and child in replacements:
-                parent._modules[name] = replacements[child]

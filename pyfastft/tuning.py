@@ -10,10 +10,10 @@ from torch import nn
 
 from pyfastft import sparsity
 from pyfastft._check import reject
+from pyfastft._modules import expect_unconverted, replace
 from pyfastft._report import Report, report
 from pyfastft._targets import plan, untied
 from pyfastft.config import MaskedTuning
-from pyfastft.conversion import expect_unconverted, replace
 from pyfastft.nn.masked import MaskedLinear
 from pyfastft.sparsity.calibration import Loss, select_by_gradient
 

@@ -22,19 +22,11 @@ import torch
 from torch import nn
 
 from pyfastft._check import FLOATS, name_of
+from pyfastft._modules import adapters, expect_unconverted
 from pyfastft._report import Report, report
 from pyfastft._targets import plan, selects_exactly
 from pyfastft.config import LoRA
-from pyfastft.conversion import (
-    adapters,
-    biases,
-    build,
-    conversion_of,
-    expect_unconverted,
-    install,
-    is_converted,
-    remember,
-)
+from pyfastft.conversion import biases, build, conversion_of, install, is_converted, remember
 from pyfastft.formats._files import naming, read_json, read_tensors, some, write_folder
 from pyfastft.nn._adapters import layer_for
 from pyfastft.nn._layer import LoRALayer

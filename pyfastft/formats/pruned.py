@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from pyfastft._check import reject
+from pyfastft._modules import expect_unconverted
 from pyfastft._report import Report, report
-from pyfastft.conversion import expect_unconverted
 from pyfastft.formats._files import naming, some
 from pyfastft.formats._manifest import Kind
 from pyfastft.nn.block_sparse import BlockSparseLinear

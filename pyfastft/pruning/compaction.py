@@ -13,8 +13,8 @@ from torch import nn
 
 from pyfastft import functional
 from pyfastft._check import expect_dtype, expect_shape, reject
+from pyfastft._modules import expect_unconverted, replace
 from pyfastft._report import Report, report
-from pyfastft.conversion import expect_unconverted, replace
 from pyfastft.formats._files import file_of_originals, naming, read_exactly, write_tensors
 from pyfastft.nn.block_sparse import BlockSparseLinear
 from pyfastft.pruning.pattern import BlockPattern

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from pyfastft._modules import adapters, expect_unconverted, replace
 from pyfastft._report import Report, report
 from pyfastft._targets import plan, untied
 from pyfastft.config import PTQ4
-from pyfastft.conversion import adapters, expect_unconverted, replace
 from pyfastft.formats._files import (
     file_of_originals,
     naming,
