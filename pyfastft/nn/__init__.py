@@ -12,6 +12,7 @@ from pyfastft.nn.int4_lora import (
     LoRAInt4Conv3d,
     LoRAInt4Linear,
 )
+from pyfastft.nn.int8 import Int8Linear
 from pyfastft.nn.lora import LoRALinear
 from pyfastft.nn.masked import MaskedLinear
 
@@ -21,6 +22,7 @@ __all__ = [
     "Int4Conv2d",
     "Int4Conv3d",
     "Int4Linear",
+    "Int8Linear",
     "LoRAConv1d",
     "LoRAConv2d",
     "LoRAConv3d",

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from pyfastft._check import name_of
 from pyfastft.functional import int4_dequantize
+from pyfastft.nn._kept import KeptBuffers
 from pyfastft.quantization.tensor import LAYOUT, TENSORS, QTensor4, read_layout
 
-_AS_INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 BUFFERS = (*TENSORS.values(), LAYOUT)
 
 
-class Int4Weight(nn.Module):
+class Int4Weight(KeptBuffers):
     """Holds a :class:`pyfastft.quantization.QTensor4` as buffers of its tensors' names.
 
     ``layout`` (3) goes into the state dict beside them, so that a file says what it holds, and
-    loading one of another layout, or with values that no weight has, is an error. The buffers stay
-    as they are whatever dtype the module is cast to; what changes is ``dtype``, which ``weight`` is
-    read in.
+    loading one of another layout, or with values that no weight has, is an error.
     """
+
+    KEPT = BUFFERS
 
     codes: torch.Tensor
     scales: torch.Tensor
@@ -37,12 +35,6 @@ class Int4Weight(nn.Module):
         self.register_buffer(LAYOUT, weight.layout().to(weight.device))
         self.k, self.group_size, self.codebook = weight.k, weight.group_size, weight.codebook
         self._shape, self._dtype = torch.Size(shape), dtype
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What ``weight`` is read in: the original weight's dtype, or what the module was cast to
-        since."""
-        return self._dtype
 
     @property
     def quantized(self) -> QTensor4:
@@ -82,29 +74,6 @@ class Int4Weight(nn.Module):
             "group_size": self.group_size,
             "codebook": self.codebook,
         }
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        # A cast is meant for what is computed in. Integers pass through one unchanged.
-        before = {name: b for name in BUFFERS if (b := self._buffers[name]) is not None}
-        as_integers = {
-            name: b.view(_AS_INTEGERS.get(b.dtype, b.dtype)) for name, b in before.items()
-        }
-        self._buffers.update(as_integers)
-        try:
-            super()._apply(fn, recurse)
-            applied = {name: self._buffers[name] for name in before}
-        except BaseException:
-            self._buffers.update(before)
-            raise
-        for name, buffer in before.items():
-            moved = applied[name]
-            assert moved is not None
-            if moved.dtype is not as_integers[name].dtype:  # type() casts integers too
-                moved = as_integers[name].to(moved.device)
-            self._buffers[name] = moved.view(buffer.dtype)
-        cast = fn(torch.empty(0, dtype=self._dtype, device=before["codes"].device)).dtype
-        self._dtype = cast if cast.is_floating_point else self._dtype
-        return self
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: Any
