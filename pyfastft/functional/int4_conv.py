@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from pyfastft import ops
@@ -70,9 +71,11 @@ def int4_conv(
         TypeError: a dtype does not fit, or an argument is not a dense tensor.
 
     Note:
-        Gradients go to x and the bias. W is rounded to x's dtype, a panel of at most 16 MiB (or 64
-        rows) at a time, and saved nowhere; x is not saved either. A kernel of 1 without groups and
-        padding is :func:`int4_linear` over the channels, which cannot be differentiated twice.
+        Gradients go to x and the bias, and where they are asked for to the scale and a float zero.
+        W is rounded to x's dtype, a panel of at most 16 MiB (or 64 rows) at a time, and saved
+        nowhere; x is saved for the gradients of scale and zero alone, with which the convolution
+        cannot be differentiated twice. A kernel of 1 without groups and padding is
+        :func:`int4_linear` over the channels, which never can.
 
     Reference:
         Frantar et al. 2023, "GPTQ", section 3, of convolutions as matrices.
@@ -81,8 +84,8 @@ def int4_conv(
     x, bias = _cast(x, bias)
     weight = {"zero": zero, "perm": perm, "group_size": group_size, "codebook": codebook}
     if is_pointwise(kernel_size, padding, groups):
-        linear = partial(int4_linear, codes=codes, scale=scale.detach(), bias=bias)
-        return over_channels(x, stride, dims, partial(linear, **_detached(weight)))
+        linear = partial(int4_linear, codes=codes, scale=scale, bias=bias)
+        return over_channels(x, stride, dims, partial(linear, **weight))
     x, _, padding = prepared(x, 0.0, padding, dilation, kernel_size, padding_mode)
     place = (stride, padding, dilation)
     return _convolved(x, codes, scale, bias, tuple(kernel_size), place, groups, weight)
@@ -124,7 +127,8 @@ def int4_lora_conv(
         ValueError, TypeError, RuntimeError: as :func:`int4_conv` and :func:`lora_conv`.
 
     Note:
-        Gradients go to x, A, B, the bias and s.
+        Gradients go to x, A, B, the bias and s, and where they are asked for to the scale and a
+        float zero.
 
     Reference:
         Dettmers et al. 2023, "QLoRA", equation 5, of convolutions as PEFT has them.
@@ -138,10 +142,10 @@ def int4_lora_conv(
     x, bias = _cast(x, bias)
     weight = {"zero": zero, "perm": perm, "group_size": group_size, "codebook": codebook}
     if is_pointwise(kernel, padding, groups):
-        linear = partial(int4_lora_linear, codes=codes, scale=scale.detach(), bias=bias)
+        linear = partial(int4_lora_linear, codes=codes, scale=scale, bias=bias)
         factors = {"lora_a": lora_a.flatten(1), "lora_b": lora_b.flatten(1)}
         linear = partial(linear, **factors, scaling=scaling, p=p)
-        return over_channels(x, stride, dims, partial(linear, **_detached(weight)))
+        return over_channels(x, stride, dims, partial(linear, **weight))
     x, dropped, padding = prepared(x, p, padding, dilation, kernel, padding_mode)
     place = (stride, padding, dilation)
     y = _convolved(x, codes, scale, bias, kernel, place, groups, weight)
@@ -170,12 +174,6 @@ def _expect(op: str, x: torch.Tensor, kernel: Sequence[int], groups: int) -> int
     return dims
 
 
-def _detached(weight: dict[str, Any]) -> dict[str, Any]:
-    """Without a gradient of the zero-points, as every convolution here is."""
-    zero = weight["zero"]
-    return {**weight, "zero": None if zero is None else zero.detach()}
-
-
 def _convolved(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -201,9 +199,10 @@ def _convolved(
         padding = 0
     place = (each(stride, dims), each(padding, dims), each(dilation, dims))
     batched = x if x.dim() == dims + 2 else x[None]
-    weight = _detached(weight)
-    operands = (codes, scale.detach(), weight["zero"], weight["perm"])
-    y = _Int4Convolution.apply(
+    zero = weight["zero"]
+    trained = scale.requires_grad or (zero is not None and zero.requires_grad)
+    operands = (codes, scale, zero, weight["perm"])
+    y = (_TrainedInt4Convolution if trained else _Int4Convolution).apply(
         *(batched, *operands, bias, kernel, place, groups),
         *(weight["group_size"], weight["codebook"]),
     )
@@ -268,36 +267,90 @@ class _Int4Convolution(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         x, codes, scale, zero, perm, _, kernel, place, groups, group_size, codebook = inputs
-        ctx.save_for_backward(codes, scale, zero, perm)
+        _, _, needs_scale, needs_zero, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_scale or needs_zero else None, codes, scale, zero, perm)
         ctx.shape, ctx.place = x.shape, place
         ctx.rest = (kernel, groups, group_size, codebook)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dx = dbias = None
-        stride, padding, dilation = ctx.place
-        if ctx.needs_input_grad[0]:
-            shape, dims = ctx.shape, len(ctx.shape) - 2
-            panels = _dense(shape, grad.dtype, *ctx.saved_tensors, *ctx.rest)
-            for panel, w in panels:
-                seen = (shape[0], w.shape[1] * panel.groups, *shape[2:])
-                # Of x the shape is read and nothing else.
-                part = torch.ops.aten.convolution_backward(
-                    *(grad[:, panel.rows], grad.new_empty(1).expand(seen), w, None),
-                    *(stride, padding, dilation, False, [0] * dims, panel.groups),
-                    [True, False, False],
-                )[0]
-                if len(w) == len(ctx.saved_tensors[0]):
-                    dx = part
-                    break
-                # Sums of several panels are rounded once.
-                if dx is None:
-                    dx = grad.new_zeros(shape, dtype=wide(grad.dtype))
-                dx[:, panel.channels] += part
-            dx = None if dx is None else dx.to(grad.dtype)
-        if ctx.needs_input_grad[5]:
-            dbias = grad.sum([0, *range(2, grad.dim())])
-        return dx, None, None, None, None, dbias, None, None, None, None, None
+        return _gradients(ctx, grad)
+
+
+class _TrainedInt4Convolution(_Int4Convolution):
+    """The same where a gradient of the scales or zero-points is asked for: W, made anew in the
+    backward, has no derivative by them, so it is differentiated once."""
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of what the convolution took, None where not asked for."""
+    needs_x, _, needs_scale, needs_zero, _, needs_bias, *_ = ctx.needs_input_grad
+    x, codes, scale, zero, perm = ctx.saved_tensors
+    _, _, group_size, codebook = ctx.rest
+    stride, padding, dilation = ctx.place
+    shape, dims = ctx.shape, len(ctx.shape) - 2
+    dx = dscale = dzero = dbias = None
+    of_weight: list[tuple[torch.Tensor, torch.Tensor]] = []
+    if needs_x or x is not None:
+        for panel, w in _dense(shape, grad.dtype, codes, scale, zero, perm, *ctx.rest):
+            seen = (shape[0], w.shape[1] * panel.groups, *shape[2:])
+            # For dX the shape of x is read and nothing else.
+            read = grad.new_empty(1).expand(seen) if x is None else x[:, panel.channels]
+            part, dw, _ = torch.ops.aten.convolution_backward(
+                *(grad[:, panel.rows], read, w, None),
+                *(stride, padding, dilation, False, [0] * dims, panel.groups),
+                [needs_x, x is not None, False],
+            )
+            if x is not None:
+                rows = panel.rows
+                held = (codes[rows], scale[rows], None if zero is None else zero[rows], perm)
+                of_weight.append(_of_groups(dw.flatten(1), *held, group_size, codebook))
+            if not needs_x:
+                continue
+            if len(w) == len(codes):
+                dx = part
+                break
+            # Sums of several panels are rounded once.
+            if dx is None:
+                dx = grad.new_zeros(shape, dtype=wide(grad.dtype))
+            dx[:, panel.channels] += part
+        dx = None if dx is None else dx.to(grad.dtype)
+    if needs_scale:
+        dscale = torch.cat([of_scale for of_scale, _ in of_weight])
+    if needs_zero:
+        dzero = torch.cat([of_zero for _, of_zero in of_weight])
+    if needs_bias:
+        dbias = grad.sum([0, *range(2, grad.dim())])
+    return dx, None, dscale, dzero, None, dbias, None, None, None, None, None
+
+
+def _of_groups(
+    dw: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    perm: torch.Tensor | None,
+    group_size: int,
+    codebook: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of scale and zero from that of some rows of W: sums over the groups of
+    dW (c - z), and of -s dW, in at least float32."""
+    dw = dw.to(wide(dw.dtype))
+    dw = dw if perm is None else dw.index_select(1, perm)
+    k = dw.shape[1]
+    whole = (k, group_size, codebook, dw.dtype)
+    by_scale = ops.int4_dequantize(codes, torch.ones_like(scale), zero, None, *whole)
+    size = min(group_size, k)
+    sums = [
+        F.pad(each_of, (0, -k % size)).unflatten(1, (-1, size)).sum(2)
+        for each_of in (dw * by_scale, dw)
+    ]
+    return sums[0].to(scale.dtype), (-scale * sums[1]).to(scale.dtype)
 
 
 def _dense(

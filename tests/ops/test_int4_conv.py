@@ -11,7 +11,9 @@ from torch import nn
 
 import pyfastft as ft
 from pyfastft import ops
+from pyfastft._codebook import TABLES
 from pyfastft.quantization import QTensor4, quantize_weight
+from pyfastft.quantization.tensor import pack_codes, unpack_codes
 from pyfastft.testing.tolerance import assert_accurate, assert_exact
 from pyfastft.triton_kernels import _int4_engine
 
@@ -177,6 +179,131 @@ def test_gradients_of_gradients() -> None:
 
     assert torch.autograd.gradcheck(call, (x, bias))
     assert torch.autograd.gradgradcheck(call, (x, bias))
+
+
+def trainable(kernel: int, groups: int, codebook: str, permuted: bool) -> dict[str, Any]:
+    """A weight whose scales and zero-points take a gradient, its last groups short; float64."""
+    n, k, size = OUT, CHANNELS // groups * kernel**2, 5
+    grid = (n, -(-k // size))
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+    zero = (7 + 2 * torch.rand(grid, dtype=torch.float64)).requires_grad_()
+    return {
+        "codes": pack_codes(codes),
+        "scale": (0.1 + torch.rand(grid, dtype=torch.float64)).requires_grad_(),
+        "zero": zero if codebook == "int4" else None,
+        "perm": torch.randperm(k, dtype=torch.int32) if permuted else None,
+        "group_size": size,
+        "codebook": codebook,
+    }
+
+
+def differentiable(weight: dict[str, Any], shape: tuple[int, ...]) -> torch.Tensor:
+    """What the codes stand for, by operators that torch differentiates."""
+    k = shape[1] * shape[2] * shape[3]
+    codes = unpack_codes(weight["codes"], k)
+    group = torch.arange(k) // weight["group_size"]
+    if weight["codebook"] == "int4":
+        w = (codes.double() - weight["zero"][:, group]) * weight["scale"][:, group]
+    else:
+        table = torch.tensor(TABLES[weight["codebook"]], dtype=torch.float32).double()
+        w = table[codes.long()] * weight["scale"][:, group]
+    order = torch.arange(k) if weight["perm"] is None else weight["perm"].long()
+    return w[:, order.argsort()].view(shape)
+
+
+@pytest.mark.parametrize("low_rank", [False, True], ids=["alone", "lora"])
+@pytest.mark.parametrize(
+    ("kernel", "groups", "codebook", "permuted", "panels"),
+    [
+        (3, 1, "int4", False, False),
+        (3, 1, "int4", True, True),
+        (3, 2, "int4", True, False),
+        (3, 2, "int4", False, True),
+        (3, 1, "nf4", False, False),
+        (1, 1, "int4", True, False),
+    ],
+)
+def test_gradients_of_scales_and_zeros(
+    kernel: int,
+    groups: int,
+    codebook: str,
+    permuted: bool,
+    panels: bool,
+    low_rank: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if panels:
+        monkeypatch.setattr(_int4_engine, "PANEL_BYTES", 1)
+        monkeypatch.setattr(_int4_engine, "PANEL_MULTIPLE", 2)
+    weight = trainable(kernel, groups, codebook, permuted)
+    shape = (OUT, CHANNELS // groups, kernel, kernel)
+    x = torch.randn(2, CHANNELS, 6, 5, dtype=torch.float64)
+    leaves = [t for t in (weight["scale"], weight["zero"]) if t is not None]
+    dense = differentiable(weight, shape)
+    for of_x in (False, True):
+        wanted = [x.requires_grad_(), *leaves] if of_x else leaves
+        expected = DENSE[2](x, dense, groups=groups)
+        if low_rank:
+            a = torch.randn(2, CHANNELS, kernel, kernel, dtype=torch.float64)
+            b = torch.zeros(OUT, 2 // groups, dtype=torch.float64)
+            y = F.int4_lora_conv(x, lora_a=a, lora_b=b, groups=groups, **weight)
+        else:
+            y = F.int4_conv(x, kernel_size=shape[2:], groups=groups, **weight)
+        torch.testing.assert_close(y, expected)
+        grad = torch.randn_like(y)
+        found = torch.autograd.grad(y, wanted, grad)
+        for ours, theirs in zip(
+            found, torch.autograd.grad(expected, wanted, grad, retain_graph=True), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_scales_in_float32_and_a_second_derivative() -> None:
+    weight, shape = drawn(2, 3)
+    held = operands(weight)
+    held["scale"] = weight.scale.clone().requires_grad_()
+    held["zero"] = weight.zero.float().requires_grad_()
+    wide = {name: held[name].detach().double().requires_grad_() for name in ("scale", "zero")}
+    x = torch.randn(2, CHANNELS, 6, 5)
+    grad = torch.randn(2, OUT, 4, 3)
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = [held["scale"], held["zero"]]
+        y = F.int4_conv(x.to(dtype), kernel_size=shape[2:], **held)
+        found = torch.autograd.grad(y, leaves, grad.to(dtype))
+        rounded = {**held, **{name: t.detach().requires_grad_() for name, t in wide.items()}}
+        naive = DENSE[2](x.to(dtype), differentiable(rounded, shape).to(dtype))
+        pair = [rounded["scale"], rounded["zero"]]
+        theirs = torch.autograd.grad(naive, pair, grad.to(dtype))
+        # The truth of what came in, which was rounded already.
+        exact = DENSE[2](x.to(dtype).double(), differentiable(rounded, shape))
+        truth = torch.autograd.grad(exact, pair, grad.to(dtype).double())
+        for ours, naive_one, true in zip(found, theirs, truth, strict=True):
+            assert ours.dtype is torch.float32
+            assert_accurate(ours, true, naive_one.float(), gradient=True)
+            # The naive one sums the same dW in float64.
+            assert float((ours - naive_one).abs().max()) < 1e-5 * float(true.abs().max())
+    x.requires_grad_()
+    y = F.int4_conv(x, kernel_size=shape[2:], **held)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dx.sum().backward()
+
+
+@pytest.mark.more
+def test_it_compiles_with_trained_scales() -> None:
+    weight, shape = drawn(2, 3)
+    held = {**operands(weight), "zero": weight.zero.float().requires_grad_()}
+    held["scale"] = weight.scale.clone().requires_grad_()
+    leaves = [held["scale"], held["zero"]]
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return F.int4_conv(x, kernel_size=shape[2:], **held)
+
+    x = torch.randn(1, CHANNELS, 5, 5)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    found, expected = (torch.autograd.grad(c(x).square().sum(), leaves) for c in (compiled, call))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_autocast() -> None:
