@@ -5,15 +5,21 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.machinery
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+
+from pyfastft import _native
 
 ROOT = Path(__file__).parents[2]
 SIMT = Path(__file__).parent / "simt"
@@ -76,6 +82,9 @@ def parameters() -> dict[str, list[str]]:
     return {name: re.findall(r'"(\w+)"', names) for name, names in found}
 
 
+Argument = torch.Tensor | int | None
+
+
 class Kernels:
     """The functions of the CUDA ABI in a process of their own."""
 
@@ -111,11 +120,13 @@ class Kernels:
         if answer != "ok":
             raise ChildProcessError(self.process.communicate()[1])
 
-    def call(self, function: str, **arguments: torch.Tensor | int | None) -> None:
-        """Call by name; a tensor's whole storage goes there and comes back."""
-        words, files = [], []
-        for name in self.names[function]:
-            value = arguments.pop(name)
+    def call(self, function: str, **arguments: Argument | list[Argument]) -> None:
+        """Call by name; a tensor's whole storage goes there and comes back. A list is a table of
+        64 bits each, addresses among them."""
+        words: list[str] = []
+        files: list[tuple[Path, torch.Tensor]] = []
+
+        def add(name: str, value: Argument) -> None:
             if isinstance(value, torch.Tensor):
                 path = self.folder / name
                 storage = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage())
@@ -124,6 +135,16 @@ class Kernels:
                 words.append(f"{path}@{value.storage_offset() * value.element_size()}")
             else:
                 words.append("null" if value is None else str(value))
+
+        for name in self.names[function]:
+            value = arguments.pop(name)
+            if isinstance(value, list):
+                words.append(f"{{{len(value)}")
+                for i, one in enumerate(value):
+                    add(f"{name}{i}", one)
+                words.append("}")
+            else:
+                add(name, value)
         assert not arguments, f"{function} has no {', '.join(arguments)}"
         self.request(function, words)
         for path, storage in files:
@@ -176,3 +197,25 @@ def racing(harness: Callable[[str], Path], tmp_path: Path) -> Iterator[Callable[
 def fresh_kernels(harness: Callable[[str], Path], tmp_path: Path) -> Kernels:
     """The kernels under the same, in a process of the test's own, which may end."""
     return Kernels(harness("address,undefined"), tmp_path)
+
+
+@pytest.fixture(scope="session")
+def simt_module(compile_simt: Callable[..., Path]) -> ModuleType:
+    """The CUDA extension with its kernels on the CPU."""
+    pybind11 = pytest.importorskip("pybind11")
+    flags = ["-shared", "-fPIC", "-fvisibility=hidden", "-DFT_BIND_CUDA"]
+    flags += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    file = compile_simt("simt-module", ROOT / "csrc/bindings/module.cpp", *flags)
+    # A name of its own: pybind11 gives a module that has the name of an earlier one that one.
+    loader = importlib.machinery.ExtensionFileLoader("simt._cuda", str(file))
+    spec = importlib.util.spec_from_loader("simt._cuda", loader)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def adapter(simt_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the CUDA adapters call it."""
+    monkeypatch.setattr(_native, "cuda", lambda: simt_module)
+    monkeypatch.setattr(_native, "stream", lambda device: 0)

@@ -3,13 +3,8 @@ against ``simt/cuda_runtime.h``, so every sample of the op is run end to end."""
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import shutil
-import sysconfig
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,33 +18,12 @@ from pyfastft.testing.samples.ptq4.linear import arguments as int4_arguments
 from pyfastft.testing.tolerance import assert_accurate
 from pyfastft.triton_kernels import _int4_engine
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 OPS = ("lora_linear", "lora_projections", "lora_adapters", "int4_linear", "int4_lora_linear")
 SAMPLES = [s for op in OPS for way in ("", "_backward") for s in samples(op + way)]
 SAMPLES += samples("int4_dequantize")
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found")
-
-
-@pytest.fixture(scope="module")
-def library(compile_simt: Callable[..., Path]) -> ModuleType:
-    pybind11 = pytest.importorskip("pybind11")
-    flags = ["-shared", "-fPIC", "-fvisibility=hidden", "-DFT_BIND_CUDA"]
-    flags += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    file = compile_simt("simt-module", ROOT / "csrc/bindings/module.cpp", *flags)
-    # A name of its own: pybind11 gives a module that has the name of an earlier one that one.
-    loader = importlib.machinery.ExtensionFileLoader("simt._cuda", str(file))
-    spec = importlib.util.spec_from_loader("simt._cuda", loader)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def adapter(library: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "cuda", lambda: library)
-    monkeypatch.setattr(_native, "stream", lambda device: 0)
 
 
 def flat(outputs: torch.Tensor | tuple[Any, ...]) -> list[torch.Tensor]:

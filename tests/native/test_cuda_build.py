@@ -24,6 +24,7 @@ REGISTERS = 65536  # of a multiprocessor
 KERNELS = {
     *("row_products", "column_products", "add_product", "add_partials", "dot"),
     *("int4_dequantize", "int4_gemv", "int4_mma", "int4_add_partials"),
+    *("masked_step", "select_count", "select_choose", "select_collect", "select_scan"),
 }
 # The kernels that read a wide matrix, each a whole group of eight elements at a time.
 WIDE_KERNELS = {"row_products", "column_products", "add_product"}
@@ -159,6 +160,18 @@ def test_4_bit_products_run_on_tensor_cores_with_asynchronous_copies(built: Buil
             assert re.search(r"LDGSTS\S*\.128", text), name
         if "int4_gemv" in name:
             assert re.search(r"LDG\.E\S*\.64", text), name
+
+
+def test_only_integers_are_added_by_several_threads(built: Built) -> None:
+    sass = subprocess.run(
+        [cuobjdump(), "--dump-sass", "-arch", "sm_90a", str(built.extension)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    found = re.findall(r"\b(?:ATOM|ATOMS|ATOMG|RED|REDG)\.\S+", sass)
+    assert any(".ADD" in one or ".POPC.INC" in one for one in found)
+    assert not [one for one in found if re.search(r"\.(F16|F32|F64|BF16|FTZ)", one)]
 
 
 def test_neither_torch_nor_the_driver_is_linked(built: Built) -> None:

@@ -8,30 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyfastft.ops.masked._rectangles import check_index
 from pyfastft.triton_kernels._common import why_no_triton
 
 # Nothing is fused: what a test compares bit for bit is what the source says.
 EXACT_OPTIONS = {"enable_fp_fusion": False, "maxnreg": 255}
-
-# Indices that were found to fit, and where: reading one back from the device waits for all that was
-# launched before, and a training step has the same ones every time.
-_checked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def expect_index(
-    op: str, index: torch.Tensor, rows: int, columns: int, n: int, k: int, arg: str = "index"
-) -> None:
-    """:func:`check_index`, once for each index that has not changed since."""
-    fits = (index._version, index.data_ptr(), rows, columns, n, k)
-    if _checked.get(index) != fits:
-        check_index(op, index, rows, columns, n, k, arg)
-        _checked[index] = fits
 
 
 def unsupported(first: Any, *_: Any) -> str | None:

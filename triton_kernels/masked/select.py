@@ -16,11 +16,10 @@ import triton
 import triton.language as tl
 
 from pyfastft._op import implement
-from pyfastft.ops.masked._rectangles import matrix_of
+from pyfastft.ops.masked._rectangles import expect_index, matrix_of
 from pyfastft.triton_kernels._common import _philox
 from pyfastft.triton_kernels.masked._rectangles import (
     EXACT_OPTIONS,
-    expect_index,
     search_steps,
     tensor_of,
     unsupported,

@@ -15,11 +15,10 @@ import triton.language as tl
 
 from pyfastft._op import implement
 from pyfastft._random import GROUP
-from pyfastft.ops.masked._rectangles import matrix_of
+from pyfastft.ops.masked._rectangles import expect_index, matrix_of
 from pyfastft.triton_kernels._common import DOT_TYPES, _philox
 from pyfastft.triton_kernels.masked._rectangles import (
     EXACT_OPTIONS,
-    expect_index,
     offsets_of_values,
     search_steps,
     tensor_of,

@@ -30,17 +30,8 @@ bool off_grid(const Rectangles& r, int64_t begin, int64_t end) {
 }  // namespace
 
 int check_rectangles(const char* name, const Rectangles& r, int threads) {
-  FT_CHECK(r.index_bytes == 4 || r.index_bytes == 8, "%s: index of %lld bytes", name,
-           static_cast<long long>(r.index_bytes));
-  FT_CHECK(r.count >= 0 && r.rows >= 1 && r.columns >= 1 && r.stride >= 0 && r.size >= 0,
-           "%s: %lld rectangles of %lld x %lld in rows of %lld are no sizes", name,
-           static_cast<long long>(r.count), static_cast<long long>(r.rows),
-           static_cast<long long>(r.columns), static_cast<long long>(r.stride));
+  if (check_sizes(name, r)) return 1;
   if (!r.count) return 0;
-  FT_CHECK(r.stride >= 1 && r.stride % r.columns == 0 && r.size % (r.stride * r.rows) == 0,
-           "%s: rectangles of %lld x %lld do not tile rows of %lld of %lld elements", name,
-           static_cast<long long>(r.rows), static_cast<long long>(r.columns),
-           static_cast<long long>(r.stride), static_cast<long long>(r.size));
   std::atomic<bool> unordered{false}, misplaced{false};
   parallel_for(threads, ceil_div(r.count, kChecked), [&](int64_t task, int) {
     const int64_t begin = task * kChecked, end = lesser(r.count, begin + kChecked);

@@ -44,9 +44,7 @@ int ft_cpu_select_topk(int64_t* index, int64_t* counts, const ft_masked_scored* 
       const ft_masked_scored& s = tensors[i];
       FT_CHECK(s.dtype >= FT_FLOAT32 && s.dtype <= FT_FLOAT16, "%s: unknown dtype code %lld", name,
                static_cast<long long>(s.dtype));
-      const Rectangles left_out{s.exclude, s.excluded,     1, 1, s.size > 0 ? s.size : 1,
-                                s.size,    s.exclude_bytes};
-      if (check_rectangles(name, left_out, threads)) return 1;
+      if (check_rectangles(name, excluded_of(s), threads)) return 1;
       all.push_back({s.a, s.b, s.exclude, s.size, s.columns, s.excluded, s.exclude_bytes,
                      int32_t(s.dtype), size});
       size += s.size;

@@ -2,19 +2,9 @@
 #pragma once
 #include <cstdint>
 
-namespace fastft {
+#include "fastft/masked.h"
 
-enum class Score : int32_t {
-  kMagnitude,   // |a|
-  kSquare,      // a^2
-  kValue,       // a
-  kProduct,     // |a b|
-  kMovement,    // -a b
-  kDifference,  // |a - b|
-  kScaled,      // |a| b, b one float per column
-  kRandom,      // a word of Philox by position
-  kCount
-};
+namespace fastft {
 
 struct Scored {
   const void *a, *b;

@@ -7,19 +7,6 @@
 
 namespace fastft {
 
-enum class StepMethod : int32_t { kAdamW, kSGD, kLion, kCount };
-
-// What a step multiplies by, made once from the hyperparameters. By method, in this order:
-//   AdamW  1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1^t),
-//          sqrt(1 - beta2^t), eps
-//   SGD    weight_decay, momentum, 1 - dampening, nesterov, lr, momentum; the first step has no
-//          buffer yet: the first momentum is then 0, and dampening
-//   Lion   1 - lr * weight_decay, 1 - beta1, 1 - beta2, lr
-struct StepFactors {
-  float sign;  // of the gradient
-  float of[7];
-};
-
 struct StepSegment {
   void* weight;
   float *value, *first, *second;  // value null: the weight holds it

@@ -451,3 +451,32 @@ FT_API int ft_cuda_int4_mma(void* y, float* partials, const void* x, const uint8
                             const float* table, int64_t partials_floats, int64_t m, int64_t n,
                             int64_t k, int64_t group_size, int64_t x_stride_m, int64_t splits,
                             int32_t scale_dtype, int32_t zero_kind, int32_t dtype, void* stream);
+
+// ---- masked on a GPU -----------------------------------------------------------------------
+
+// All pointers are the device's but those of the two plans, which read and write the host's memory
+// and launch nothing. starts (count + 1, 2): how many blocks, and how many values or elements, the
+// segments or tensors before each have; the last row counts all.
+
+// The numbers of a segment that a step multiplies by, as csrc/include/fastft/masked.h has them.
+constexpr int64_t FT_STEP_FACTORS = 8;
+
+// [out] starts, factors (count, FT_STEP_FACTORS); segments, whose addresses are the device's and
+// not followed, hypers and method as ft_cpu_masked_step has them.
+FT_API int ft_cuda_masked_step_plan(int64_t* starts, float* factors,
+                                    const ft_masked_segment* segments, const double* hypers,
+                                    int64_t count, int32_t method);
+// ft_cpu_masked_step, but nothing reads what an index holds before it is used. blocks: the plan's.
+FT_API int ft_cuda_masked_step(const ft_masked_segment* segments, const int64_t* starts,
+                               const float* factors, const int64_t* rng, int64_t count,
+                               int64_t blocks, int32_t method, void* stream);
+
+// [out] starts, words: how many the workspace has; tensors as for the step.
+FT_API int ft_cuda_select_topk_plan(int64_t* starts, int64_t* words,
+                                    const ft_masked_scored* tensors, int64_t count);
+// ft_cpu_select_topk for k of at least 1, but nothing reads what an exclude holds before it is
+// used. [work] workspace: so many words of 0.
+FT_API int ft_cuda_select_topk(int64_t* index, int64_t* counts, int64_t* workspace,
+                               const ft_masked_scored* tensors, const int64_t* starts,
+                               const int64_t* rng, int64_t words, int64_t count, int64_t blocks,
+                               int64_t k, int32_t score, int32_t largest, void* stream);

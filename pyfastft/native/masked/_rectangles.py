@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from pyfastft import _native
 from pyfastft._check import name_of, reject
 from pyfastft._native import DTYPES
+from pyfastft.native.lora import linear
 
 
 def cpu_unsupported(first: Any, *_: Any) -> str | None:
@@ -18,6 +20,11 @@ def cpu_unsupported(first: Any, *_: Any) -> str | None:
         if one.dtype not in DTYPES:
             return f"{name_of(one.dtype)} is not one of {', '.join(map(name_of, DTYPES))}"
     return _native.why_no_cpu()
+
+
+def cuda_unsupported(several: Sequence[torch.Tensor], *_: Any) -> str | None:
+    """Why the CUDA library cannot run an op whose first argument is this list."""
+    return next(filter(None, map(linear.cuda_unsupported, several)), None)
 
 
 def refuse_index(op: str, error: RuntimeError, argument: str = "index") -> NoReturn:

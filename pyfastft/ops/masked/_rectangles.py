@@ -12,10 +12,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyfastft._check import FLOATS, expect_dense, expect_dtype, expect_shape, reject
 
 INDEX_DTYPES = (torch.int32, torch.int64)
+# Indices that were found to fit, and where: reading one back from a device waits for all that was
+# launched before, and a training step has the same ones every time.
+_checked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -102,6 +106,16 @@ def check_index(
     if bool(off.any()):
         got = f"offset {int(first[off][0])}"
         reject(op, arg, f"offsets on the grid of {rows} x {columns}", got)
+
+
+def expect_index(
+    op: str, index: torch.Tensor, rows: int, columns: int, n: int, k: int, arg: str = "index"
+) -> None:
+    """:func:`check_index`, once for each index that has not changed since."""
+    fits = (index._version, index.data_ptr(), rows, columns, n, k)
+    if _checked.get(index) != fits:
+        check_index(op, index, rows, columns, n, k, arg)
+        _checked[index] = fits
 
 
 def expect_places(index: torch.Tensor, kept: torch.Tensor) -> None:

@@ -3,10 +3,10 @@
 // the blocks of a launch run one after another on the same threads.
 //
 // It has what the kernels use and no more: one-dimensional blocks, shared memory, __syncthreads,
-// and behind the functions of csrc/cuda/mma.cuh a warp's matrix product and asynchronous copies,
-// which happen as late as they may: where they are waited for. A barrier is a mutex and a condition
-// variable, not std::barrier, whose shared pool of waiters makes ThreadSanitizer see an order
-// between threads that no barrier gave.
+// atomic operations on integers, and behind the functions of csrc/cuda/mma.cuh a warp's matrix
+// product and asynchronous copies, which happen as late as they may: where they are waited for. A
+// barrier is a mutex and a condition variable, not std::barrier, whose shared pool of waiters makes
+// ThreadSanitizer see an order between threads that no barrier gave.
 #pragma once
 #include <condition_variable>
 #include <cstdint>
@@ -157,6 +157,16 @@ inline void wait_for_copies(unsigned pending) {
 
 inline void __syncthreads() {
   if (++simt::passed != simt::removed_barrier) simt::barrier->wait(simt::passed, simt::turn);
+}
+
+// Relaxed, so that ThreadSanitizer sees no order in them that a GPU would not give.
+template <class Integer>
+Integer atomicAdd(Integer* to, Integer value) {
+  return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
+}
+template <class Integer>
+Integer atomicOr(Integer* to, Integer value) {
+  return __atomic_fetch_or(to, value, __ATOMIC_RELAXED);
 }
 
 template <class... Parameters, class... Arguments>

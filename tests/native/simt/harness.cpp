@@ -1,7 +1,8 @@
 // Calls the functions of the CUDA ABI by name, for a test on the other end of a pipe. A request is
-// one line, the function's name and its arguments in C order: a number; `null`; or `path@offset`, a
+// one line, the function's name and its arguments in C order: a number; `null`; `path@offset`, a
 // file whose bytes from the offset on are the pointer's target, and which is written back after
-// the call. The answer is one line, `ok` or `error <message>`.
+// the call; or `{n a b ... }`, a table of n words of 64 bits, each one of those. The answer is one
+// line, `ok` or `error <message>`.
 //
 // Every buffer has a heap allocation of exactly its size, so AddressSanitizer sees what lies
 // outside. The first line of all is the number of the barrier to remove, 0 for none.
@@ -45,19 +46,32 @@ class Buffer {
 struct Call {
   std::istringstream words;
   std::vector<std::unique_ptr<Buffer>> buffers;
+  std::vector<std::unique_ptr<int64_t[]>> tables;
 
   template <class T>
   T next() {
     std::string word;
     if (!(words >> word)) throw std::runtime_error("too few arguments");
     if constexpr (std::is_pointer_v<T>) {
-      if (word == "null") return nullptr;
-      const size_t at = word.find('@');
-      buffers.push_back(std::make_unique<Buffer>(word.substr(0, at)));
-      return static_cast<T>(buffers.back()->address(std::stoul(word.substr(at + 1))));
+      return reinterpret_cast<T>(word[0] == '{' ? table(std::stoul(word.substr(1))) : value(word));
     } else {
       return static_cast<T>(std::stoll(word));
     }
+  }
+
+  int64_t value(const std::string& word) {
+    const size_t at = word.find('@');
+    if (at == std::string::npos) return word == "null" ? 0 : std::stoll(word);
+    buffers.push_back(std::make_unique<Buffer>(word.substr(0, at)));
+    return reinterpret_cast<int64_t>(buffers.back()->address(std::stoul(word.substr(at + 1))));
+  }
+
+  int64_t table(size_t size) {
+    tables.emplace_back(new int64_t[size]);
+    std::string word;
+    for (size_t i = 0; i < size && words >> word; ++i) tables.back()[i] = value(word);
+    words >> word;  // the brace
+    return reinterpret_cast<int64_t>(tables.back().get());
   }
 };
 
@@ -86,7 +100,7 @@ int main() {
   while (std::getline(std::cin, line)) {
     int status;
     {
-      Call call{std::istringstream(line), {}};
+      Call call{std::istringstream(line), {}, {}};
       std::string name;
       call.words >> name;
       status = kFunctions.at(name)(call);
