@@ -9,11 +9,10 @@ import triton
 import triton.language as tl
 
 from pyfastft._op import implement
-from pyfastft.ops.masked._rectangles import expect_places, matrix_of, reject_grown
+from pyfastft.ops.masked._rectangles import expect_index, expect_places, matrix_of, reject_grown
 from pyfastft.triton_kernels._common import INTERPRETED, why_no_triton
 from pyfastft.triton_kernels.masked._rectangles import (
     EXACT_OPTIONS,
-    expect_index,
     lower_bound,
     offsets_of_values,
     search_steps,

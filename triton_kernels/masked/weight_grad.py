@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 
 from pyfastft._op import implement
+from pyfastft.ops.masked._rectangles import expect_index
 from pyfastft.triton_kernels._common import OPTIONS, device_of
 from pyfastft.triton_kernels._plan import parts_of
 from pyfastft.triton_kernels.masked._rectangles import (
-    expect_index,
     lower_bound,
     search_steps,
     unsupported,
