@@ -285,6 +285,11 @@ def test_no_sanitizer_objects(kernels: Kernels, case: Case) -> None:
     check(case.op, case.build, Caller(kernels).launch(case.op))
 
 
+def test_nothing_is_written_behind_the_last_of_equals(kernels: Kernels) -> None:
+    args = ([torch.zeros(300)], [], [], 7, "value", True, None)
+    check("select_topk", lambda: args, Caller(kernels).launch("select_topk"))
+
+
 @pytest.mark.parametrize(
     ("case", "changed", "message"),
     [
