@@ -63,7 +63,7 @@ def runs() -> Iterator[object]:
         for sample in samples(op):
             for precision in (FLOAT32, BF16, FP16):
                 few = precision is BF16 and not sample.large and "smallest" not in sample.name
-                marks = () if few else pytest.mark.more
+                marks = () if few else pytest.mark.slow
                 yield pytest.param(sample, precision, id=f"{op}-{sample}-{precision}", marks=marks)
 
 
@@ -326,10 +326,13 @@ def test_no_races(racing: Callable[[int], Kernels], case: Case) -> None:
 
 # Of the step: the segment that one thread finds. Of the selection, whose kernels each count their
 # own: the tensor found, the bits cleared and set, the digits counted; a scan's groups.
-BARRIERS = [(CASES[0], 1), *((CASES[4], barrier) for barrier in range(1, 7))]
+BARRIERS = [
+    pytest.param(CASES[0], 1, marks=pytest.mark.more),
+    pytest.param(CASES[4], 1, marks=pytest.mark.more),
+    *(pytest.param(CASES[4], barrier, marks=pytest.mark.slow) for barrier in range(2, 7)),
+]
 
 
-@pytest.mark.more
 @pytest.mark.parametrize(("case", "barrier"), BARRIERS, ids=str)
 def test_a_removed_barrier_is_a_race(
     racing: Callable[[int], Kernels], case: Case, barrier: int
