@@ -32,6 +32,7 @@ from pyfastft.testing.tolerance import assert_accurate, assert_exact
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
 GPU = torch.cuda.is_available()
+MIXED = Precision(torch.float16, torch.float32)
 
 ALL_SAMPLES = [sample for op in REGISTRY for sample in samples(op)]
 SMALL_SAMPLES = [sample for sample in ALL_SAMPLES if not sample.large]
@@ -74,7 +75,12 @@ def skip_unless_supported(op: Op, name: str, args: tuple[Any, ...]) -> None:
 def run_cases() -> list[Any]:
     """By sample, so that its truth is computed once for all backends."""
     return [
-        pytest.param(name, precision, sample, id=f"{sample.op}-{name}-{precision}-{sample}")
+        pytest.param(
+            *(name, precision, sample),
+            id=f"{sample.op}-{name}-{precision}-{sample}",
+            # The interpreter is slow, and to it this is bfloat16 beside float32.
+            marks=[pytest.mark.slow] if name == "triton" and precision == MIXED and not GPU else [],
+        )
         for sample in ALL_SAMPLES
         for precision in PRECISIONS
         for name in BACKENDS
