@@ -51,6 +51,7 @@ def expect_sound(document: dict[str, Any], folder: Path) -> None:
     assert all(row["label"] in page for row in document["methods"])
 
 
+@pytest.mark.more
 def test_quick_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
